@@ -1,0 +1,27 @@
+// Collects the kernels of one instruction-set level.
+#include "kernels.h"
+
+#ifndef DDFAST_LEVEL
+#define DDFAST_LEVEL portable
+#endif
+#define DDFAST_JOIN_(a, b) a##b
+#define DDFAST_JOIN(a, b) DDFAST_JOIN_(a, b)
+#define DDFAST_TEXT_(a) #a
+#define DDFAST_TEXT(a) DDFAST_TEXT_(a)
+
+namespace ddfast {
+namespace DDFAST_LEVEL {
+void gradient_distance(const gradient_distance_arguments &);
+void gradient_distance_second(const gradient_distance_arguments &);
+}  // namespace DDFAST_LEVEL
+
+const kernel_table *DDFAST_JOIN(kernel_table_, DDFAST_LEVEL)() {
+  static const kernel_table table = {
+      DDFAST_TEXT(DDFAST_LEVEL),
+      DDFAST_LEVEL::gradient_distance,
+      DDFAST_LEVEL::gradient_distance_second,
+  };
+  return &table;
+}
+
+}  // namespace ddfast

@@ -1,0 +1,86 @@
+// ddfast._C: the CPU kernels behind raw pointers. No torch header is included, so one build serves
+// every torch version; ddfast/ops checks types, shapes and lifetimes before it calls.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "cpu/kernels.h"
+
+namespace py = pybind11;
+using ddfast::kernel_table;
+
+namespace {
+
+// Every level that was compiled and that this processor runs, the fastest first.
+std::vector<const kernel_table *> usable_tables() {
+  std::vector<const kernel_table *> tables;
+#ifdef DDFAST_X86_LEVELS
+  __builtin_cpu_init();
+  const bool v3 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+                  __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2");
+  const bool v4 = v3 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                  __builtin_cpu_supports("avx512cd") && __builtin_cpu_supports("avx512dq") &&
+                  __builtin_cpu_supports("avx512vl");
+  if (v4) tables.push_back(ddfast::kernel_table_x86_64_v4());
+  if (v3) tables.push_back(ddfast::kernel_table_x86_64_v3());
+#endif
+  tables.push_back(ddfast::kernel_table_portable());
+  return tables;
+}
+
+const kernel_table *active = nullptr;
+
+std::vector<std::string> levels() {
+  std::vector<std::string> names;
+  for (const kernel_table *table : usable_tables()) names.push_back(table->level);
+  return names;
+}
+
+void set_level(const std::string &name) {
+  for (const kernel_table *table : usable_tables())
+    if (name == table->level) {
+      active = table;
+      return;
+    }
+  std::string message = "unknown instruction-set level '" + name + "'; this machine runs:";
+  for (const std::string &level : levels()) message += " " + level;
+  throw std::invalid_argument(message);
+}
+
+void *pointer(std::uintptr_t address) { return reinterpret_cast<void *>(address); }
+
+// layers: (syn, real, cotangent_syn, cotangent_real, out_syn, out_real, rows, length) each.
+std::vector<double> gradient_distance(const std::vector<std::array<std::uintptr_t, 8>> &layers, int type, int metric,
+                                      std::int64_t classes, double epsilon, const std::vector<double> &scale,
+                                      bool second, int threads) {
+  std::vector<ddfast::gradient_layer> packed;
+  packed.reserve(layers.size());
+  for (const auto &l : layers)
+    packed.push_back({pointer(l[0]), pointer(l[1]), pointer(l[2]), pointer(l[3]), pointer(l[4]), pointer(l[5]),
+                      std::int64_t(l[6]), std::int64_t(l[7])});
+  std::vector<double> value(classes, 0.0);
+  ddfast::gradient_distance_arguments arguments{type,    metric,
+                                                packed.data(), std::int64_t(packed.size()),
+                                                classes, epsilon,
+                                                scale.empty() ? nullptr : scale.data(), value.data(),
+                                                threads};
+  {
+    py::gil_scoped_release release;
+    second ? active->gradient_distance_second(arguments) : active->gradient_distance(arguments);
+  }
+  return value;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "CPU kernels of ddfast over raw pointers";
+  active = usable_tables().front();
+  m.def("levels", &levels, "instruction-set levels that this build and processor offer, fastest first");
+  m.def("level", [] { return std::string(active->level); }, "the level in use");
+  m.def("set_level", &set_level, "use this level from now on");
+  m.def("gradient_distance", &gradient_distance);
+}

@@ -1,0 +1,142 @@
+"""Builds ddfast._C with ninja: each CPU kernel once per instruction-set level, torch not needed.
+
+DDFAST_NO_EXT=1 leaves the extension out (reference and Triton kernels only). CXX, CXXFLAGS and
+LDFLAGS are honoured.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import warnings
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+# The order of preference; "portable" is what the compiler targets by default.
+X86_LEVELS = {"x86_64_v3": ["-march=x86-64-v3"], "x86_64_v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}
+
+
+def compiler() -> list[str] | None:
+    """The C++ compiler to use: $CXX, else the first of g++, clang++, c++ on the path."""
+    named = shlex.split(os.environ.get("CXX", ""))
+    if named:
+        return named if shutil.which(named[0]) else None
+    for name in ("g++", "clang++", "c++"):
+        if shutil.which(name):
+            return [name]
+    return None
+
+
+def accepts(cxx: list[str], flags: list[str], source: str = "int main() { return 0; }\n") -> bool:
+    """Whether the compiler builds `source` with these flags."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder, "probe.cpp")
+        file.write_text(source)
+        command = [*cxx, *flags, str(file), "-o", str(Path(folder, "probe"))]
+        return subprocess.run(command, capture_output=True).returncode == 0
+
+
+def ninja_text(cxx: list[str], objects_folder: Path, target: Path) -> str:
+    """The build plan: kernels x levels, the module, one link."""
+    import pybind11
+
+    openmp = accepts(cxx, ["-fopenmp"], "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
+    if not openmp:
+        warnings.warn("the compiler has no OpenMP: ddfast's CPU kernels will use one thread", stacklevel=1)
+    is_x86 = platform.machine().lower() in ("x86_64", "amd64")
+    levels = {"portable": []}
+    if is_x86 and all(accepts(cxx, flags) for flags in X86_LEVELS.values()):
+        levels |= X86_LEVELS
+    common = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-DNDEBUG"]
+    # errno and traps keep the compiler from vectorising sqrt and comparisons; no result changes.
+    common += ["-fno-math-errno", "-fno-trapping-math"] + (["-fopenmp"] if openmp else [])
+    common += shlex.split(os.environ.get("CXXFLAGS", ""))
+    module_flags = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    module_flags += ["-DDDFAST_X86_LEVELS"] if len(levels) > 1 else []
+    link = ["-shared"] + (["-fopenmp"] if openmp else []) + shlex.split(os.environ.get("LDFLAGS", ""))
+    if sys.platform == "darwin":
+        link += ["-undefined", "dynamic_lookup"]
+
+    def joined(words: list[str]) -> str:
+        return shlex.join(words).replace("$", "$$")
+
+    def path(file: Path) -> str:
+        return str(file).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+    lines = [
+        f"cxx = {joined(cxx)}",
+        f"common = {joined(common)}",
+        "rule compile",
+        "  command = $cxx $common $flags -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = $cxx $in {joined(link)} -o $out",
+    ]
+    objects = []
+    for level, flags in levels.items():
+        for source in sorted((ROOT / "csrc" / "cpu").glob("*.cpp")):
+            objects.append(objects_folder / f"{source.stem}.{level}.o")
+            lines.append(f"build {path(objects[-1])}: compile {path(source)}")
+            lines.append(f"  flags = {joined([f'-DDDFAST_LEVEL={level}', *flags])}")
+    objects.append(objects_folder / "module.o")
+    lines.append(f"build {path(objects[-1])}: compile {path(ROOT / 'csrc' / 'module.cpp')}")
+    lines.append(f"  flags = {joined(module_flags)}")
+    lines.append(f"build {path(target)}: link {' '.join(path(o) for o in objects)}")
+    return "\n".join(lines) + "\n"
+
+
+class NinjaBuild(build_ext):
+    """Runs ninja on the plan above in place of setuptools' own compile steps."""
+
+    def build_extension(self, ext: Extension) -> None:
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        folder = Path(self.build_temp).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        cxx = compiler()
+        assert cxx is not None  # else setup() was called without the extension
+        (folder / "build.ninja").write_text(ninja_text(cxx, folder, target))
+        try:
+            subprocess.run(["ninja", "-C", str(folder)], check=True)
+        except (OSError, subprocess.CalledProcessError) as error:
+            raise RuntimeError(
+                "building ddfast._C failed (see the compiler's message above); DDFAST_NO_EXT=1 installs "
+                "ddfast without it"
+            ) from error
+
+
+def extensions() -> list[Extension]:
+    """[ddfast._C], or [] where it is not wanted or cannot be built."""
+    if os.environ.get("DDFAST_NO_EXT") == "1":
+        return []
+    if compiler() is None:
+        warnings.warn(
+            "no C++ compiler found: ddfast is installed without its compiled CPU kernels and will "
+            "answer from the slower PyTorch reference",
+            stacklevel=1,
+        )
+        return []
+    return [Extension("ddfast._C", sources=[])]
+
+
+# kernels/ lies at the top level of the checkout and installs as ddfast.kernels.
+setup(
+    packages=[
+        *find_packages(include=["ddfast", "ddfast.*"]),
+        "ddfast.kernels",
+        *(f"ddfast.kernels.{name}" for name in find_packages("kernels")),
+    ],
+    package_dir={"ddfast": "ddfast", "ddfast.kernels": "kernels"},
+    ext_modules=extensions(),
+    cmdclass={"build_ext": NinjaBuild},
+)
