@@ -11,6 +11,7 @@ namespace ddfast {
 namespace DDFAST_LEVEL {
 namespace {
 
+constexpr int64_t fold_every = 2048;
 constexpr int64_t block_elements = 16384;  // work of one thread at a time; fits the first caches
 
 // Sums over one row or chunk: <a,b>, |a|^2, |b|^2, <u,a>, <u,b>, <w,b>, <w,a>,
@@ -65,45 +66,38 @@ double cosine_second(const moments &s, double epsilon, coefficients *c) {
   return -(s.ua + s.wb) * d + s.ab * (m * s.ub * in + n * s.wa * im) * dd;
 }
 
-template <typename T> moments first_moments(const segment<T> &x) {
+// Adds the sums of x.y over `length` elements to *total for `count` pairs of streams at once, in
+// float lanes that are folded into a double every `fold_every` elements.
+template <int count, typename T> void add_dots(const T *const (&x)[count], const T *const (&y)[count], int64_t length, double (&total)[count]) {
   using A = typename accumulator<T>::type;
-  A ab[lanes] = {}, aa[lanes] = {}, bb[lanes] = {};
-  int64_t i = 0;
-  for (; i + lanes <= x.length; i += lanes)
-    for (int64_t k = 0; k < lanes; ++k) {
-      const A a = load(x.real[i + k]), b = load(x.syn[i + k]);
-      ab[k] += a * b;
-      aa[k] += a * a;
-      bb[k] += b * b;
-    }
-  for (int64_t k = 0; i + k < x.length; ++k) {
-    const A a = load(x.real[i + k]), b = load(x.syn[i + k]);
-    ab[k] += a * b;
-    aa[k] += a * a;
-    bb[k] += b * b;
+  for (int64_t begin = 0; begin < length; begin += fold_every) {
+    const int64_t end = begin + fold_every < length ? begin + fold_every : length;
+    A sum[count][lanes] = {};
+    int64_t i = begin;
+    for (; i + lanes <= end; i += lanes)
+      for (int64_t k = 0; k < lanes; ++k)
+        for (int j = 0; j < count; ++j) sum[j][k] += A(load(x[j][i + k])) * A(load(y[j][i + k]));
+    for (int64_t k = 0; i + k < end; ++k)
+      for (int j = 0; j < count; ++j) sum[j][k] += A(load(x[j][i + k])) * A(load(y[j][i + k]));
+    for (int j = 0; j < count; ++j) total[j] += fold(sum[j]);
   }
+}
+
+template <typename T> moments first_moments(const segment<T> &x) {
+  double total[3] = {};
+  add_dots<3, T>({x.real, x.real, x.syn}, {x.syn, x.real, x.syn}, x.length, total);
   moments s;
-  s.ab = fold(ab);
-  s.aa = fold(aa);
-  s.bb = fold(bb);
+  s.ab = total[0];
+  s.aa = total[1];
+  s.bb = total[2];
   return s;
 }
 
 template <typename T> void dot_pair(const T *v, const segment<T> &x, double *va, double *vb) {
-  using A = typename accumulator<T>::type;
-  A a_sum[lanes] = {}, b_sum[lanes] = {};
-  int64_t i = 0;
-  for (; i + lanes <= x.length; i += lanes)
-    for (int64_t k = 0; k < lanes; ++k) {
-      a_sum[k] += A(load(v[i + k])) * A(load(x.real[i + k]));
-      b_sum[k] += A(load(v[i + k])) * A(load(x.syn[i + k]));
-    }
-  for (int64_t k = 0; i + k < x.length; ++k) {
-    a_sum[k] += A(load(v[i + k])) * A(load(x.real[i + k]));
-    b_sum[k] += A(load(v[i + k])) * A(load(x.syn[i + k]));
-  }
-  *va = fold(a_sum);
-  *vb = fold(b_sum);
+  double total[2] = {};
+  add_dots<2, T>({v, v}, {x.real, x.syn}, x.length, total);
+  *va = total[0];
+  *vb = total[1];
 }
 
 template <typename T> moments all_moments(const segment<T> &x, bool second) {
@@ -116,8 +110,9 @@ template <typename T> moments all_moments(const segment<T> &x, bool second) {
 template <typename T> void combine(const segment<T> &x, T *out, double by_syn, double by_real, double scale) {
   using A = typename accumulator<T>::type;
   const A cb = A(by_syn * scale), ca = A(by_real * scale);
-  for (int64_t i = 0; i < x.length; ++i)
-    store(&out[i], cb * A(load(x.syn[i])) + ca * A(load(x.real[i])));
+  const T *b = x.syn, *a = x.real;
+  T *__restrict__ target = out;
+  for (int64_t i = 0; i < x.length; ++i) store(&target[i], cb * A(load(b[i])) + ca * A(load(a[i])));
 }
 
 template <typename T>
@@ -143,13 +138,22 @@ template <typename T> void write_outputs(const segment<T> &x, const coefficients
   }
 }
 
+// The sum of the lanes, which start again at zero.
+template <typename A> double take(A (&sum)[lanes]) {
+  const double total = fold(sum);
+  for (int64_t k = 0; k < lanes; ++k) sum[k] = 0;
+  return total;
+}
+
 // mse and l1: value and gradient element by element.
 template <typename T> double elementwise(const segment<T> &x, int metric, double scale) {
   using A = typename accumulator<T>::type;
   const A factor = A(scale);
   A sum[lanes] = {};
+  double total = 0;
   for (int64_t i = 0; i < x.length; i += lanes) {
     const int64_t width = x.length - i < lanes ? x.length - i : lanes;
+    if (i % fold_every == 0) total += take(sum);
     for (int64_t k = 0; k < width; ++k) {
       const A difference = A(load(x.syn[i + k])) - A(load(x.real[i + k]));
       const A magnitude = difference < 0 ? -difference : difference;
@@ -165,7 +169,7 @@ template <typename T> double elementwise(const segment<T> &x, int metric, double
       if (x.out_real) store(&x.out_real[i + k], -factor * slope);
     }
   }
-  return fold(sum);
+  return total + take(sum);
 }
 
 // Second derivative of mse: phi = 2 <u - w, b - a>; l1 has none almost everywhere.
@@ -173,8 +177,10 @@ template <typename T> double elementwise_second(const segment<T> &x, int metric,
   using A = typename accumulator<T>::type;
   const A factor = metric == mse ? A(2 * scale) : A(0);
   A sum[lanes] = {};
+  double total = 0;
   for (int64_t i = 0; i < x.length; i += lanes) {
     const int64_t width = x.length - i < lanes ? x.length - i : lanes;
+    if (i % fold_every == 0) total += take(sum);
     for (int64_t k = 0; k < width; ++k) {
       const A difference = A(load(x.syn[i + k])) - A(load(x.real[i + k]));
       const A u = x.u ? A(load(x.u[i + k])) : A(0), w = x.w ? A(load(x.w[i + k])) : A(0);
@@ -184,7 +190,7 @@ template <typename T> double elementwise_second(const segment<T> &x, int metric,
       if (x.out_real) store(&x.out_real[i + k], factor * (w - u));
     }
   }
-  return fold(sum);
+  return total + take(sum);
 }
 
 template <typename T> const T *at(const void *base, int64_t offset) {

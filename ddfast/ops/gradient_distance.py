@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ddfast import backend
+from ddfast.ops.memory import empty_like
 from ddfast.ops.registry import declare, derivative, end_of_chain
 from ddfast.reference import gradient_distance as reference
 from ddfast.reference.gradient_distance import METRICS, accumulator, has_rows
@@ -33,22 +34,6 @@ def _rows_and_length(tensor: Tensor, batched: bool) -> tuple[int, int]:
     for size in shape[1:]:
         length *= size
     return rows, length
-
-
-def empty_like_all(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Uninitialised contiguous tensors of the same shapes that share one allocation.
-
-    One large allocation costs a few large page faults where many cost thousands of small ones.
-    """
-    step = max(1, 64 // tensors[0].element_size())
-    starts = [0]
-    for tensor in tensors:
-        starts.append(starts[-1] + -(-tensor.numel() // step) * step)
-    flat = torch.empty(starts[-1], dtype=tensors[0].dtype, device=tensors[0].device)
-    return [
-        flat[start : start + tensor.numel()].view(tensor.shape)
-        for start, tensor in zip(starts, tensors, strict=False)
-    ]
 
 
 def _call_compiled(
@@ -125,7 +110,7 @@ def _cpu(
     batched: bool,
     with_gradient: bool,
 ) -> tuple[Tensor, list[Tensor]]:
-    out = empty_like_all(syn) if with_gradient else None
+    out = empty_like(syn) if with_gradient else None
     value = _call_compiled(compiled, syn, real, None, out, None, None, metric, eps, batched)
     return value, out or []
 
@@ -164,14 +149,17 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, list[Tensor]
     # differentiates twice goes through gradient_distance_bwd.
     ctx.gradient = output[1]
     ctx.mark_non_differentiable(*output[1])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(*syn, *real)
 
 
-def _backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:
+    nothing, rest = [None] * ctx.count, (None,) * 4
+    if grad is None:
+        return nothing, nothing, *rest
     saved = ctx.saved_tensors
     syn, real = list(saved[: ctx.count]), list(saved[ctx.count :])
     need_syn, need_real = any(ctx.needs_input_grad[0]), any(ctx.needs_input_grad[1])
-    nothing, rest = [None] * ctx.count, (None,) * 4
     gradient, ctx.gradient = ctx.gradient, []
     if gradient and not need_real and not torch.is_grad_enabled():
         # Handed over once, then forgotten: a second backward recomputes, so nobody else holds it.
@@ -228,8 +216,8 @@ def _bwd_cpu(
     need_syn: bool,
     need_real: bool,
 ) -> list[Tensor]:
-    out_syn = empty_like_all(syn) if need_syn else None
-    out_real = empty_like_all(real) if need_real else None
+    out_syn = empty_like(syn) if need_syn else None
+    out_real = empty_like(real) if need_real else None
     _call_compiled(compiled, syn, real, None, out_syn, out_real, grad, metric, eps, batched)
     return (out_syn or []) + (out_real or [])
 
@@ -318,7 +306,7 @@ def _bwd_bwd_cpu(
     eps: float,
     batched: bool,
 ) -> list[Tensor]:
-    out_syn, out_real = empty_like_all(syn), empty_like_all(real)
+    out_syn, out_real = empty_like(syn), empty_like(real)
     by_grad = _call_compiled(
         compiled, syn, real, (u, w), out_syn, out_real, grad, metric, eps, batched
     )

@@ -1,0 +1,99 @@
+"""ConvNet-D, the network of the dataset distillation literature."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ddfast.nets.network import Network, Size, margin, normalisation
+
+
+class ConvNet(Network):
+    """Blocks of 3x3 convolution, normalisation, activation and 2x2 pooling, then one linear layer.
+
+    Zhao, Mopuri and Bilen, Dataset Condensation with Gradient Matching, ICLR 2021, after Gidaris
+    and Komodakis 2018. The convolutions have biases, whatever the normalisation. Parameter names
+    and order are those of the official checkpoints: ``features.<i>.weight``, ``.bias``, ...,
+    ``classifier.weight``, ``classifier.bias``. Pooling drops the last row or column of an odd
+    plane; the linear layer has the size that is left.
+
+    Args:
+        channels: of the images.
+        classes: number of logits.
+        size: (H, W) of the images, in pixels.
+        depth: number of blocks.
+        width: channels of every block.
+        norm: ``"instancenorm"``, ``"batchnorm"``, ``"layernorm"``, ``"groupnorm"`` (4 groups) or
+            ``"none"``.
+        activation: ``"relu"``, ``"leakyrelu"`` (slope 0.01), ``"sigmoid"`` or ``"swish"``
+            (x * sigmoid(x)).
+        pooling: ``"avgpooling"``, ``"maxpooling"`` or ``"none"``.
+
+    Raises:
+        ValueError: an unknown setting; a depth that would pool the image away; a width that 4
+            groups do not divide; instance normalisation of single pixels, which is constant.
+    """
+
+    classifier: nn.Linear
+
+    def __init__(
+        self,
+        channels: int,
+        classes: int,
+        size: Size,
+        depth: int = 3,
+        width: int = 128,
+        norm: str = "instancenorm",
+        activation: str = "relu",
+        pooling: str = "avgpooling",
+    ) -> None:
+        super().__init__()
+        extra = margin(channels, size)
+        height, side = size[0] + 2 * extra, size[1] + 2 * extra
+        deepest = min(height, side).bit_length() - 1
+        if pooling != "none" and depth > deepest:
+            raise ValueError(
+                f"depth {depth} is too deep for images of {size[0]}x{size[1]}: each block halves "
+                f"the plane, so the maximum depth is {deepest} (or do without pooling: NP)"
+            )
+        if norm == "instancenorm" and height * side == 1:
+            raise ValueError("instance normalisation of a 1x1 plane is constant: use another norm")
+        layers: list[nn.Module] = []
+        for block in range(depth):
+            inputs, padding = (width, 1) if block else (channels, 1 + extra)
+            layers.append(nn.Conv2d(inputs, width, 3, padding=padding))
+            layers.extend(_some(normalisation(norm, (width, height, side))))
+            layers.append(_activation(activation))
+            layers.extend(_some(_pooling(pooling)))
+            if pooling != "none":
+                height, side = height // 2, side // 2
+        self.features = nn.Sequential(*layers)
+        self.classifier = nn.Linear(width * height * side, classes)
+
+    def embed(self, images: Tensor) -> Tensor:
+        return self.features(images).flatten(1)
+
+
+def _some(layer: nn.Module | None) -> list[nn.Module]:
+    return [] if layer is None else [layer]
+
+
+def _activation(kind: str) -> nn.Module:
+    if kind == "relu":
+        return nn.ReLU()
+    if kind == "leakyrelu":
+        return nn.LeakyReLU(0.01)
+    if kind == "sigmoid":
+        return nn.Sigmoid()
+    if kind == "swish":
+        return nn.SiLU()
+    raise ValueError(f"activation must be 'relu', 'leakyrelu', 'sigmoid' or 'swish', got {kind!r}")
+
+
+def _pooling(kind: str) -> nn.Module | None:
+    if kind == "avgpooling":
+        return nn.AvgPool2d(2)
+    if kind == "maxpooling":
+        return nn.MaxPool2d(2)
+    if kind == "none":
+        return None
+    raise ValueError(f"pooling must be 'avgpooling', 'maxpooling' or 'none', got {kind!r}")

@@ -1,0 +1,78 @@
+"""Fresh weights from an explicit generator."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+_WEIGHTED = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_BATCHNORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+_NORM = (nn.GroupNorm, nn.LayerNorm, *_BATCHNORM)
+
+
+@torch.no_grad()
+def initialise(net: nn.Module, generator: torch.Generator) -> None:
+    """Draw every parameter of ``net`` anew, in place, from PyTorch's default distributions.
+
+    Weights and biases of linear and convolutional layers: uniform between -1/sqrt(fan_in) and
+    1/sqrt(fan_in), where fan_in counts the inputs of one output. Normalisations: weight 1, bias 0,
+    running statistics as new.
+
+    The generator is a CPU one wherever the network lives, and the draws do not depend on the
+    network's device or memory format: they are made on the CPU in the dtype of the parameter and
+    copied. They come in the order of ``net.modules()``, weight before bias, which is the order of
+    PyTorch's own constructors: seeded alike, an official network starts from the same numbers.
+
+    The only state that moves is the generator's: the global one is neither read nor written.
+    ``requires_grad`` and ``.grad`` are left as they are.
+
+    Raises:
+        TypeError: ``generator`` is no ``torch.Generator``; a layer with parameters or buffers of
+            its own is of a type not listed above (nothing has been changed then).
+        ValueError: ``generator`` is not on the CPU.
+    """
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator must be a torch.Generator, got {type(generator).__name__}")
+    if generator.device.type != "cpu":
+        raise ValueError(f"generator must be on the CPU, got one on {generator.device}")
+    modules = list(net.modules())
+    for module in modules:
+        if not isinstance(module, _WEIGHTED + _NORM) and (
+            module._parameters.keys() or module._buffers.keys()
+        ):
+            raise TypeError(
+                f"initialise does not know how to draw the parameters of {type(module).__name__}; "
+                "it knows linear and convolutional layers and group, layer and batch normalisation"
+            )
+    for module in modules:
+        if isinstance(module, _WEIGHTED):
+            bound = 1.0 / math.sqrt(math.prod(module.weight.shape[1:]))
+            _uniform(module.weight, bound, generator)
+            if module.bias is not None:
+                _uniform(module.bias, bound, generator)
+        elif isinstance(module, _NORM):
+            if module.weight is not None:
+                module.weight.fill_(1.0)
+            if module.bias is not None:
+                module.bias.zero_()
+            if isinstance(module, _BATCHNORM):
+                module.reset_running_stats()
+
+
+def _uniform(parameter: Tensor, bound: float, generator: torch.Generator) -> None:
+    if parameter.device.type == "cpu" and parameter.is_contiguous():
+        parameter.uniform_(-bound, bound, generator=generator)
+    else:  # uniform_ fills memory in storage order: draw in logical order, then copy
+        drawn = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+        parameter.copy_(drawn.uniform_(-bound, bound, generator=generator))
+
+
+def has_batchnorm(net: nn.Module) -> bool:
+    """Whether the network contains batch normalisation.
+
+    Such a network answers differently in training and evaluation mode, changes its buffers in
+    every training forward, and makes the images of a batch depend on each other.
+    """
+    return any(isinstance(module, _BATCHNORM) for module in net.modules())

@@ -1,0 +1,473 @@
+"""Triton kernels of `gradient_distance`: one program per row or chunk, all classes in the grid.
+
+For row cosine a program reads its row for the sums and again for the gradient, so loss and gradient
+leave in one launch per tensor. For the one-vector cosine the sums are reduced first. Sums over rows
+are a second step without atomics: the same bits in every run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ddfast.reference.gradient_distance import METRICS, accumulator, has_rows
+
+ROW_COSINE, COSINE, MSE, L1 = range(4)
+CHUNK = 8192  # elements per program where a tensor is not cut into rows
+
+
+@triton.jit
+def _inverse(x):
+    return tl.where(x > 0, 1.0 / tl.where(x > 0, x, 1.0), 0.0)
+
+
+@triton.jit
+def _load(pointer, offsets, mask, ACC: tl.constexpr):
+    return tl.load(pointer + offsets, mask=mask, other=0.0).to(ACC)
+
+
+@triton.jit
+def first_kernel(
+    syn,
+    real,
+    out_syn,
+    out_real,
+    scale,  # per class, or anything if not HAS_SCALE
+    value,  # (programs,) for rows and elementwise; (programs, 3) sums for cosine
+    coefficients,  # (classes, 3) for the cosine's second launch
+    share,  # elements per class
+    length,  # elements per row or chunk
+    per_class,  # programs per class
+    METRIC: tl.constexpr,
+    PHASE: tl.constexpr,  # cosine only: 0 sums, 1 gradient
+    EPS: tl.constexpr,  # a constant, because a float argument arrives as float32
+    HAS_SCALE: tl.constexpr,
+    HAS_SYN: tl.constexpr,
+    HAS_REAL: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    c = program // per_class
+    begin = (program % per_class) * length
+    left = tl.minimum(share - begin, length)
+    base = c * share + begin
+    lanes = tl.arange(0, BLOCK).to(tl.int64)
+    factor = tl.load(scale + c).to(ACC) if HAS_SCALE else 1.0
+
+    if METRIC < 2 and PHASE == 0:
+        ab = tl.zeros([BLOCK], ACC)
+        aa = tl.zeros([BLOCK], ACC)
+        bb = tl.zeros([BLOCK], ACC)
+        for start in range(0, left, BLOCK):
+            inside = start + lanes < left
+            a = _load(real, base + start + lanes, inside, ACC)
+            b = _load(syn, base + start + lanes, inside, ACC)
+            ab += a * b
+            aa += a * a
+            bb += b * b
+        s = tl.sum(ab, 0)
+        mm = tl.sum(aa, 0)
+        nn = tl.sum(bb, 0)
+        if METRIC == 1:
+            tl.store(value + program * 3, s)
+            tl.store(value + program * 3 + 1, mm)
+            tl.store(value + program * 3 + 2, nn)
+        else:
+            m = tl.sqrt(mm)
+            n = tl.sqrt(nn)
+            d = 1.0 / (m * n + EPS)
+            tl.store(value + program, 1.0 - s * d)
+            cross = -d * factor
+            by_b = s * m * d * d * _inverse(n) * factor
+            by_a = s * n * d * d * _inverse(m) * factor
+    if METRIC == 1 and PHASE == 1:
+        cross = tl.load(coefficients + c * 3).to(ACC) * factor
+        by_b = tl.load(coefficients + c * 3 + 1).to(ACC) * factor
+        by_a = tl.load(coefficients + c * 3 + 2).to(ACC) * factor
+    if METRIC < 2 and (METRIC == 0 or PHASE == 1):
+        if HAS_SYN or HAS_REAL:
+            for start in range(0, left, BLOCK):
+                inside = start + lanes < left
+                a = _load(real, base + start + lanes, inside, ACC)
+                b = _load(syn, base + start + lanes, inside, ACC)
+                if HAS_SYN:
+                    out = by_b * b + cross * a
+                    tl.store(out_syn + base + start + lanes, out, mask=inside)
+                if HAS_REAL:
+                    out = by_a * a + cross * b
+                    tl.store(out_real + base + start + lanes, out, mask=inside)
+    if METRIC >= 2:
+        total = tl.zeros([BLOCK], ACC)
+        for start in range(0, left, BLOCK):
+            inside = start + lanes < left
+            a = _load(real, base + start + lanes, inside, ACC)
+            b = _load(syn, base + start + lanes, inside, ACC)
+            e = b - a
+            if METRIC == 2:
+                total += e * e
+                slope = 2.0 * e
+            else:
+                total += tl.abs(e)
+                slope = tl.where(e > 0, 1.0, tl.where(e < 0, -1.0, e))
+            if HAS_SYN:
+                tl.store(out_syn + base + start + lanes, factor * slope, mask=inside)
+            if HAS_REAL:
+                tl.store(out_real + base + start + lanes, -factor * slope, mask=inside)
+        tl.store(value + program, tl.sum(total, 0))
+
+
+@triton.jit
+def _second_coefficients(s, m, n, ua, ub, wb, wa, EPS: tl.constexpr):
+    """phi and what a, b, u, w are multiplied by; see ddfast.reference.gradient_distance."""
+    d = 1.0 / (m * n + EPS)
+    im = _inverse(m)
+    i_n = _inverse(n)
+    dd = d * d
+    mixed = m * ub * i_n + n * wa * im
+    phi = -(ua + wb) * d + s * mixed * dd
+    by_d = (ua + wb) * dd - 2.0 * s * mixed * dd * d
+    by_m = n * by_d + s * (ub * i_n - n * wa * im * im) * dd
+    by_n = m * by_d + s * (wa * im - m * ub * i_n * i_n) * dd
+    return phi, mixed * dd, s * m * i_n * dd, -d, by_n * i_n, s * n * im * dd, by_m * im
+
+
+@triton.jit
+def second_kernel(
+    syn,
+    real,
+    u,
+    w,
+    out_syn,
+    out_real,
+    scale,
+    value,  # (programs,) for rows and elementwise; (programs, 7) sums for cosine
+    coefficients,  # (classes, 6)
+    share,
+    length,
+    per_class,
+    METRIC: tl.constexpr,
+    PHASE: tl.constexpr,
+    EPS: tl.constexpr,
+    ACC: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    c = program // per_class
+    begin = (program % per_class) * length
+    left = tl.minimum(share - begin, length)
+    base = c * share + begin
+    lanes = tl.arange(0, BLOCK).to(tl.int64)
+    factor = tl.load(scale + c).to(ACC)
+
+    if METRIC < 2 and PHASE == 0:
+        ab = tl.zeros([BLOCK], ACC)
+        aa = tl.zeros([BLOCK], ACC)
+        bb = tl.zeros([BLOCK], ACC)
+        ua = tl.zeros([BLOCK], ACC)
+        ub = tl.zeros([BLOCK], ACC)
+        wb = tl.zeros([BLOCK], ACC)
+        wa = tl.zeros([BLOCK], ACC)
+        for start in range(0, left, BLOCK):
+            inside = start + lanes < left
+            x = _load(real, base + start + lanes, inside, ACC)
+            y = _load(syn, base + start + lanes, inside, ACC)
+            p = _load(u, base + start + lanes, inside, ACC)
+            q = _load(w, base + start + lanes, inside, ACC)
+            ab += x * y
+            aa += x * x
+            bb += y * y
+            ua += p * x
+            ub += p * y
+            wb += q * y
+            wa += q * x
+        if METRIC == 1:
+            tl.store(value + program * 7, tl.sum(ab, 0))
+            tl.store(value + program * 7 + 1, tl.sum(aa, 0))
+            tl.store(value + program * 7 + 2, tl.sum(bb, 0))
+            tl.store(value + program * 7 + 3, tl.sum(ua, 0))
+            tl.store(value + program * 7 + 4, tl.sum(ub, 0))
+            tl.store(value + program * 7 + 5, tl.sum(wb, 0))
+            tl.store(value + program * 7 + 6, tl.sum(wa, 0))
+        else:
+            m = tl.sqrt(tl.sum(aa, 0))
+            n = tl.sqrt(tl.sum(bb, 0))
+            phi, by_s, to_u, cross, to_b, to_w, to_a = _second_coefficients(
+                tl.sum(ab, 0),
+                m,
+                n,
+                tl.sum(ua, 0),
+                tl.sum(ub, 0),
+                tl.sum(wb, 0),
+                tl.sum(wa, 0),
+                EPS,
+            )
+            tl.store(value + program, phi)
+    if METRIC == 1 and PHASE == 1:
+        by_s = tl.load(coefficients + c * 6).to(ACC)
+        to_u = tl.load(coefficients + c * 6 + 1).to(ACC)
+        cross = tl.load(coefficients + c * 6 + 2).to(ACC)
+        to_b = tl.load(coefficients + c * 6 + 3).to(ACC)
+        to_w = tl.load(coefficients + c * 6 + 4).to(ACC)
+        to_a = tl.load(coefficients + c * 6 + 5).to(ACC)
+    if METRIC == 0 or PHASE == 1:
+        for start in range(0, left, BLOCK):
+            inside = start + lanes < left
+            x = _load(real, base + start + lanes, inside, ACC)
+            y = _load(syn, base + start + lanes, inside, ACC)
+            p = _load(u, base + start + lanes, inside, ACC)
+            q = _load(w, base + start + lanes, inside, ACC)
+            by_syn = factor * (by_s * x + to_u * p + cross * q + to_b * y)
+            by_real = factor * (by_s * y + cross * p + to_w * q + to_a * x)
+            tl.store(out_syn + base + start + lanes, by_syn, mask=inside)
+            tl.store(out_real + base + start + lanes, by_real, mask=inside)
+    if METRIC >= 2:
+        total = tl.zeros([BLOCK], ACC)
+        for start in range(0, left, BLOCK):
+            inside = start + lanes < left
+            x = _load(real, base + start + lanes, inside, ACC)
+            y = _load(syn, base + start + lanes, inside, ACC)
+            p = _load(u, base + start + lanes, inside, ACC)
+            q = _load(w, base + start + lanes, inside, ACC)
+            e = y - x
+            if METRIC == 2:
+                total += 2.0 * e * (p - q)
+                out = factor * 2.0 * (p - q)
+            else:
+                total += tl.where(e > 0, 1.0, tl.where(e < 0, -1.0, e)) * (p - q)
+                out = tl.zeros([BLOCK], ACC)
+            tl.store(out_syn + base + start + lanes, out, mask=inside)
+            tl.store(out_real + base + start + lanes, -out, mask=inside)
+        tl.store(value + program, tl.sum(total, 0))
+
+
+def block_size(length: int) -> int:
+    """Lanes per program: the next power of two, between one warp's width and 1024."""
+    return min(1024, max(32, triton.next_power_of_2(length)))
+
+
+def _cut(tensor: Tensor, metric: int, batched: bool) -> tuple[int, int, int, int]:
+    """(classes, elements per class, elements per program, programs per class)."""
+    classes = tensor.shape[0] if batched else 1
+    share = tensor.numel() // max(classes, 1)
+    if metric == ROW_COSINE:
+        rows = tensor.shape[int(batched)]
+        return classes, share, share // max(rows, 1), rows
+    return classes, share, CHUNK, -(-share // CHUNK)
+
+
+def _counted(syn: Sequence[Tensor], metric: int, batched: bool) -> list[bool]:
+    return [metric != ROW_COSINE or has_rows(s, batched) for s in syn]
+
+
+def _acc(dtype: torch.dtype) -> tl.dtype:
+    return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+def _launch_first(
+    syn: Sequence[Tensor],
+    real: Sequence[Tensor],
+    out_syn: Sequence[Tensor] | None,
+    out_real: Sequence[Tensor] | None,
+    grad: Tensor | None,
+    metric: str,
+    eps: float,
+    batched: bool,
+) -> Tensor:
+    """Run over all tensors; returns the distance per class."""
+    kind = METRICS.index(metric)
+    wide = accumulator(syn[0].dtype)
+    classes = syn[0].shape[0] if batched else 1
+    total = syn[0].new_zeros(classes, dtype=wide)
+    scale = total if grad is None else grad.contiguous()
+    counted = _counted(syn, kind, batched)
+
+    def launch(i: int, value: Tensor, coefficients: Tensor, phase: int) -> None:
+        s, r = syn[i].contiguous(), real[i].contiguous()
+        _, share, length, per_class = _cut(s, kind, batched)
+        write = kind != COSINE or phase == 1
+        first_kernel[(classes * per_class,)](
+            s,
+            r,
+            out_syn[i] if out_syn is not None else s,
+            out_real[i] if out_real is not None else s,
+            scale,
+            value,
+            coefficients,
+            share,
+            length,
+            per_class,
+            METRIC=kind,
+            PHASE=phase,
+            EPS=eps,
+            HAS_SCALE=grad is not None,
+            HAS_SYN=out_syn is not None and write,
+            HAS_REAL=out_real is not None and write,
+            ACC=_acc(s.dtype),
+            BLOCK=block_size(length),
+        )
+
+    active = []
+    for i, s in enumerate(syn):
+        if counted[i] and s.numel():
+            active.append(i)
+        else:
+            for out in (out_syn, out_real):
+                if out is not None:
+                    out[i].zero_()
+            if counted[i] and kind == ROW_COSINE:
+                total += s.shape[int(batched)]  # rows of no elements have distance 1
+    if kind != COSINE:
+        for i in active:
+            _, _, _, per_class = _cut(syn[i], kind, batched)
+            value = total.new_empty(classes, per_class)
+            launch(i, value, total, 0)
+            total += value.sum(1)
+        return total
+    sums = total.new_zeros(classes, 3)
+    for i in active:
+        _, _, _, per_class = _cut(syn[i], kind, batched)
+        part = total.new_empty(classes, per_class, 3)
+        launch(i, part, total, 0)
+        sums += part.sum(1)
+    ab, m, n = sums[:, 0], sums[:, 1].sqrt(), sums[:, 2].sqrt()
+    d = 1 / (m * n + eps)
+    zero = torch.zeros_like(d)
+    by_b = torch.where(n > 0, ab * m * d * d / n, zero)
+    by_a = torch.where(m > 0, ab * n * d * d / m, zero)
+    if out_syn is not None or out_real is not None:
+        coefficients = torch.stack([-d, by_b, by_a], 1)
+        for i in active:
+            launch(i, total, coefficients, 1)
+    return 1 - ab * d
+
+
+def gradient_distance(
+    syn: list[Tensor],
+    real: list[Tensor],
+    metric: str,
+    eps: float,
+    batched: bool,
+    with_gradient: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """The operator of the same name; see ddfast/ops/gradient_distance.py."""
+    out = _empty_like(syn) if with_gradient else None
+    value = _launch_first(syn, real, out, None, None, metric, eps, batched)
+    return value, out or []
+
+
+def gradient_distance_bwd(
+    grad: Tensor,
+    syn: list[Tensor],
+    real: list[Tensor],
+    metric: str,
+    eps: float,
+    batched: bool,
+    need_syn: bool,
+    need_real: bool,
+) -> list[Tensor]:
+    """The operator of the same name."""
+    out_syn = _empty_like(syn) if need_syn else None
+    out_real = _empty_like(real) if need_real else None
+    _launch_first(syn, real, out_syn, out_real, grad, metric, eps, batched)
+    return (out_syn or []) + (out_real or [])
+
+
+def gradient_distance_bwd_bwd(
+    u: list[Tensor],
+    w: list[Tensor],
+    grad: Tensor,
+    syn: list[Tensor],
+    real: list[Tensor],
+    metric: str,
+    eps: float,
+    batched: bool,
+) -> list[Tensor]:
+    """The operator of the same name."""
+    kind = METRICS.index(metric)
+    classes = syn[0].shape[0] if batched else 1
+    total = syn[0].new_zeros(classes, dtype=accumulator(syn[0].dtype))
+    out_syn, out_real = _empty_like(syn), _empty_like(real)
+    scale = grad.contiguous()
+
+    def launch(i: int, value: Tensor, coefficients: Tensor, phase: int) -> None:
+        _, share, length, per_class = _cut(syn[i], kind, batched)
+        second_kernel[(classes * per_class,)](
+            syn[i].contiguous(),
+            real[i].contiguous(),
+            u[i].contiguous(),
+            w[i].contiguous(),
+            out_syn[i],
+            out_real[i],
+            scale,
+            value,
+            coefficients,
+            share,
+            length,
+            per_class,
+            METRIC=kind,
+            PHASE=phase,
+            EPS=eps,
+            ACC=_acc(syn[i].dtype),
+            BLOCK=block_size(length),
+        )
+
+    active = []
+    for i, counted in enumerate(_counted(syn, kind, batched)):
+        if counted and syn[i].numel():
+            active.append(i)
+        else:
+            out_syn[i].zero_()
+            out_real[i].zero_()
+    if kind != COSINE:
+        for i in active:
+            _, _, _, per_class = _cut(syn[i], kind, batched)
+            value = total.new_empty(classes, per_class)
+            launch(i, value, total, 0)
+            total += value.sum(1)
+        return [total, *out_syn, *out_real]
+    sums = total.new_zeros(classes, 7)
+    for i in active:
+        _, _, _, per_class = _cut(syn[i], kind, batched)
+        part = total.new_empty(classes, per_class, 7)
+        launch(i, part, total, 0)
+        sums += part.sum(1)
+    s, m, n, ua, ub, wb, wa = sums.unbind(1)
+    m, n = m.sqrt(), n.sqrt()
+    zero = torch.zeros_like(m)
+    im, i_n = torch.where(m > 0, 1 / m, zero), torch.where(n > 0, 1 / n, zero)
+    d = 1 / (m * n + eps)
+    dd, mixed = d * d, m * ub * i_n + n * wa * im
+    by_d = (ua + wb) * dd - 2 * s * mixed * dd * d
+    by_m = n * by_d + s * (ub * i_n - n * wa * im * im) * dd
+    by_n = m * by_d + s * (wa * im - m * ub * i_n * i_n) * dd
+    columns = [mixed * dd, s * m * i_n * dd, -d, by_n * i_n, s * n * im * dd, by_m * im]
+    coefficients = torch.stack(columns, 1)
+    for i in active:
+        launch(i, total, coefficients, 1)
+    return [-(ua + wb) * d + s * mixed * dd, *out_syn, *out_real]
+
+
+def _empty_like(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return [torch.empty_like(t, memory_format=torch.contiguous_format) for t in tensors]
+
+
+def ahead_of_time() -> list[tuple[object, dict[str, str], dict[str, object]]]:
+    """(kernel, argument types, constants) of representative variants, to compile without a GPU."""
+    variants: list[tuple[object, dict[str, str], dict[str, object]]] = []
+    integers = {"share": "i64", "length": "i64", "per_class": "i64"}
+    for dtype, acc, wide in (("fp32", tl.float32, "fp32"), ("bf16", tl.float32, "fp32")):
+        tensors = dict.fromkeys(("syn", "real", "out_syn", "out_real"), f"*{dtype}")
+        sums = dict.fromkeys(("scale", "value", "coefficients"), f"*{wide}")
+        cotangents = dict.fromkeys(("u", "w"), f"*{dtype}")
+        for kind in (ROW_COSINE, COSINE, MSE, L1):
+            for phase in (0, 1) if kind == COSINE else (0,):
+                common = {"METRIC": kind, "PHASE": phase, "EPS": 1e-6, "ACC": acc, "BLOCK": 1024}
+                flags = {"HAS_SCALE": True, "HAS_SYN": True, "HAS_REAL": True}
+                variants.append((first_kernel, tensors | sums | integers, common | flags))
+                variants.append((second_kernel, tensors | cotangents | sums | integers, common))
+    return variants

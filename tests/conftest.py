@@ -1,0 +1,59 @@
+"""Shared fixtures. Without a GPU the Triton kernels run in Triton's interpreter, in this process."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
+
+import hypothesis
+import pytest
+
+# The same examples in every run: a failure must not depend on luck or on the clock.
+hypothesis.settings.register_profile(
+    "ddfast", derandomize=True, deadline=None, max_examples=30, database=None
+)
+hypothesis.settings.load_profile("ddfast")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    reason = "needs an NVIDIA GPU; the kernels are tested in Triton's interpreter and compiled ahead"
+    for item in items:
+        # On a GPU machine every Triton test is a GPU test: it runs the compiled kernel there.
+        if HAS_GPU and "triton_device" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.gpu)
+        if not HAS_GPU and item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture
+def triton_device() -> str:
+    """Where Triton kernels run: the GPU if there is one, else the CPU under the interpreter."""
+    if HAS_GPU:
+        return "cuda"
+    triton = pytest.importorskip("triton", reason="triton is not installed")
+    assert triton.knobs.runtime.interpret, "triton was imported before TRITON_INTERPRET was set"
+    return "cpu"
+
+
+@pytest.fixture(autouse=True)
+def global_random_state_is_untouched(request: pytest.FixtureRequest):
+    """Operators and runs neither read nor write torch's global generator."""
+    torch.manual_seed(20_061)
+    before = torch.random.get_rng_state()
+    yield
+    if request.node.get_closest_marker("uses_global_random_state") is None:
+        assert torch.equal(before, torch.random.get_rng_state()), (
+            "the global generator was used; draw from a torch.Generator"
+        )
+
+
+@pytest.fixture(autouse=True)
+def threads_are_restored():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
