@@ -72,7 +72,7 @@ class buffer_pool {
     return held_;
   }
 
-  static constexpr std::size_t limit = std::size_t(512) << 20;
+  static constexpr std::size_t limit = std::size_t(1) << 30;
 
  private:
   struct block {

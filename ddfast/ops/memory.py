@@ -17,7 +17,7 @@ def empty(count: int, dtype: torch.dtype) -> Tensor:
     """An uninitialised flat CPU tensor; a large one reuses memory that an earlier output freed.
 
     On two cores of a server processor the page faults of a fresh 45 MB allocation took longer than
-    the kernel that filled it. At most 512 MiB are kept (`ddfast._C.release_buffers()` frees them).
+    the kernel that filled it. At most 1 GiB is kept (`ddfast._C.release_buffers()` frees them).
     """
     size = count * dtype.itemsize
     if backend.compiled is None or size < POOLED_BYTES:

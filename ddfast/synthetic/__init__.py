@@ -1,0 +1,8 @@
+"""Parametrisations of the synthetic set, and its picture."""
+
+from __future__ import annotations
+
+from ddfast.synthetic.picture import grid, write_png
+from ddfast.synthetic.pixels import pixels
+
+__all__ = ["grid", "pixels", "write_png"]
