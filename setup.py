@@ -22,7 +22,10 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 # The order of preference; "portable" is what the compiler targets by default.
-X86_LEVELS = {"x86_64_v3": ["-march=x86-64-v3"], "x86_64_v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"]}
+X86_LEVELS = {
+    "x86_64_v3": ["-march=x86-64-v3"],
+    "x86_64_v4": ["-march=x86-64-v4", "-mprefer-vector-width=512"],
+}
 
 
 def compiler() -> list[str] | None:
@@ -49,9 +52,13 @@ def ninja_text(cxx: list[str], objects_folder: Path, target: Path) -> str:
     """The build plan: kernels x levels, the module, one link."""
     import pybind11
 
-    openmp = accepts(cxx, ["-fopenmp"], "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n")
+    openmp = accepts(
+        cxx, ["-fopenmp"], "#include <omp.h>\nint main() { return omp_get_max_threads() < 1; }\n"
+    )
     if not openmp:
-        warnings.warn("the compiler has no OpenMP: ddfast's CPU kernels will use one thread", stacklevel=1)
+        warnings.warn(
+            "the compiler has no OpenMP: ddfast's CPU kernels will use one thread", stacklevel=1
+        )
     is_x86 = platform.machine().lower() in ("x86_64", "amd64")
     levels = {"portable": []}
     if is_x86 and all(accepts(cxx, flags) for flags in X86_LEVELS.values()):
@@ -62,7 +69,9 @@ def ninja_text(cxx: list[str], objects_folder: Path, target: Path) -> str:
     common += shlex.split(os.environ.get("CXXFLAGS", ""))
     module_flags = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     module_flags += ["-DDDFAST_X86_LEVELS"] if len(levels) > 1 else []
-    link = ["-shared"] + (["-fopenmp"] if openmp else []) + shlex.split(os.environ.get("LDFLAGS", ""))
+    link = (
+        ["-shared"] + (["-fopenmp"] if openmp else []) + shlex.split(os.environ.get("LDFLAGS", ""))
+    )
     if sys.platform == "darwin":
         link += ["-undefined", "dynamic_lookup"]
 
@@ -110,8 +119,8 @@ class NinjaBuild(build_ext):
             subprocess.run(["ninja", "-C", str(folder)], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
             raise RuntimeError(
-                "building ddfast._C failed (see the compiler's message above); DDFAST_NO_EXT=1 installs "
-                "ddfast without it"
+                "building ddfast._C failed, see its messages above. DDFAST_NO_EXT=1 installs"
+                " ddfast without it"
             ) from error
 
 

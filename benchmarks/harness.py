@@ -28,11 +28,29 @@ from torch import Tensor
 import ddfast
 from ddfast.testing import error, flatten
 
-COLUMNS = (
-    "operator case provider mode median_ms low_ms high_ms ratio_to_eager ratio_low ratio_high "
-    "gigabytes_per_second share_of_copy first_call_ms max_relative_error verified threads device "
-    "torch ddfast commit date"
-).split()
+COLUMNS = [
+    "operator",
+    "case",
+    "provider",
+    "mode",
+    "median_ms",
+    "low_ms",
+    "high_ms",
+    "ratio_to_eager",
+    "ratio_low",
+    "ratio_high",
+    "gigabytes_per_second",
+    "share_of_copy",
+    "first_call_ms",
+    "max_relative_error",
+    "verified",
+    "threads",
+    "device",
+    "torch",
+    "ddfast",
+    "commit",
+    "date",
+]
 
 
 @dataclass
@@ -83,7 +101,7 @@ def timed(f: Callable[[], object], device: str, threads: int) -> float:
 
 
 def copy_bandwidth(bytes_moved: int, device: str, threads: int) -> float:
-    """GB/s, read plus written, of torch's copy between two buffers, together as large as the work's data."""
+    """GB/s, read plus written, of a copy between two buffers as large as the work's data."""
     count = max(bytes_moved // 8, 1 << 16)
     source, target = torch.ones(count, device=device), torch.ones(count, device=device)
     times = [timed(lambda: target.copy_(source), device, threads) for _ in range(9)]
@@ -161,7 +179,9 @@ def device_name(device: str) -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
-                return line.split(":", 1)[1].strip() + f", {torch.backends.cpu.get_cpu_capability()}"
+                return (
+                    line.split(":", 1)[1].strip() + f", {torch.backends.cpu.get_cpu_capability()}"
+                )
     except OSError:
         pass
     return platform.processor() or platform.machine()
@@ -181,7 +201,9 @@ def table(rows: Iterable[dict[str, object]]) -> str:
     names = ["case", "mode", "provider", "median_ms", "ratio_to_eager", "share_of_copy", "verified"]
     lines = [names] + [[str(row.get(n, "")) for n in names] for row in rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
-    return "\n".join("  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines)
+    return "\n".join(
+        "  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in lines
+    )
 
 
 def run(cases: Callable[[argparse.Namespace], Iterable[Case]], description: str) -> None:

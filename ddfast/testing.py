@@ -59,9 +59,7 @@ def assert_within_budget(
     Raises:
         AssertionError: a tensor is over its budget, not finite where it should be, or mis-shaped.
     """
-    for i, (a, b, c) in enumerate(
-        zip(flatten(ours), flatten(eager), flatten(exact), strict=True)
-    ):
+    for i, (a, b, c) in enumerate(zip(flatten(ours), flatten(eager), flatten(exact), strict=True)):
         largest = float(c.detach().abs().nan_to_num(0, 0, 0).max()) if c.numel() else 0.0
         allowed = factor * error(b, c) + tiny * torch.finfo(a.dtype).eps * largest
         found = error(a, c)
@@ -176,9 +174,7 @@ def compile_ahead_of_time(operator: str, capability: int) -> list[dict[str, Any]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "ddfast.testing", operator, str(capability)]
     with tempfile.TemporaryDirectory() as folder:  # away from a checkout that shadows packages
-        done = subprocess.run(
-            command, capture_output=True, text=True, env=environment, cwd=folder
-        )
+        done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=folder)
     if done.returncode != 0:
         raise AssertionError(done.stderr[-4000:])
     kernels: list[dict[str, Any]] = [json.loads(line) for line in done.stdout.splitlines()]

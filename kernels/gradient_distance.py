@@ -89,18 +89,17 @@ def first_kernel(
         cross = tl.load(coefficients + c * 3).to(ACC) * factor
         by_b = tl.load(coefficients + c * 3 + 1).to(ACC) * factor
         by_a = tl.load(coefficients + c * 3 + 2).to(ACC) * factor
-    if METRIC < 2 and (METRIC == 0 or PHASE == 1):
-        if HAS_SYN or HAS_REAL:
-            for start in range(0, left, BLOCK):
-                inside = start + lanes < left
-                a = _load(real, base + start + lanes, inside, ACC)
-                b = _load(syn, base + start + lanes, inside, ACC)
-                if HAS_SYN:
-                    out = by_b * b + cross * a
-                    tl.store(out_syn + base + start + lanes, out, mask=inside)
-                if HAS_REAL:
-                    out = by_a * a + cross * b
-                    tl.store(out_real + base + start + lanes, out, mask=inside)
+    if (HAS_SYN or HAS_REAL) and (METRIC == 0 or (METRIC == 1 and PHASE == 1)):
+        for start in range(0, left, BLOCK):
+            inside = start + lanes < left
+            a = _load(real, base + start + lanes, inside, ACC)
+            b = _load(syn, base + start + lanes, inside, ACC)
+            if HAS_SYN:
+                out = by_b * b + cross * a
+                tl.store(out_syn + base + start + lanes, out, mask=inside)
+            if HAS_REAL:
+                out = by_a * a + cross * b
+                tl.store(out_real + base + start + lanes, out, mask=inside)
     if METRIC >= 2:
         total = tl.zeros([BLOCK], ACC)
         for start in range(0, left, BLOCK):

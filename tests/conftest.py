@@ -1,4 +1,4 @@
-"""Shared fixtures. Without a GPU the Triton kernels run in Triton's interpreter, in this process."""
+"""Shared fixtures. Without a GPU the Triton kernels run in its interpreter, in this process."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
 
-import hypothesis
-import pytest
+import hypothesis  # noqa: E402
+import pytest  # noqa: E402
 
 # The same examples in every run: a failure must not depend on luck or on the clock.
 hypothesis.settings.register_profile(
@@ -21,7 +21,9 @@ hypothesis.settings.load_profile("ddfast")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    reason = "needs an NVIDIA GPU; the kernels are tested in Triton's interpreter and compiled ahead"
+    reason = (
+        "needs an NVIDIA GPU; the kernels are tested in Triton's interpreter and compiled ahead"
+    )
     for item in items:
         # On a GPU machine every Triton test is a GPU test: it runs the compiled kernel there.
         if HAS_GPU and "triton_device" in getattr(item, "fixturenames", ()):

@@ -174,7 +174,12 @@ def _backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:
 def _scaled(gradient: list[Tensor], grad: Tensor, batched: bool) -> list[Tensor]:
     if torch.compiler.is_compiling() or grad.device.type != "cpu" or type(grad) is not Tensor:
         return [
-            v * (grad.to(v.dtype).reshape(-1, *[1] * (v.dim() - 1)) if batched else grad[0].to(v.dtype))
+            v
+            * (
+                grad.to(v.dtype).reshape(-1, *[1] * (v.dim() - 1))
+                if batched
+                else grad[0].to(v.dtype)
+            )
             for v in gradient
         ]
     factors = grad.tolist()

@@ -24,7 +24,7 @@ METRICS = ("row_cosine", "cosine", "mse", "l1")
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that sums over elements of `dtype` are kept in: float64 for itself, else float32."""
+    """The dtype of sums over elements of `dtype`: float64 for itself, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -109,7 +109,7 @@ def _combine(
     batched: bool,
     f: Callable[..., tuple[Tensor, Tensor, Tensor]],
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """Apply f(real, syn, *cotangents) -> (value, d syn, d real) tensor by tensor, or to all at once."""
+    """Apply f(real, syn, *cotangents) -> (value, d syn, d real) by tensor, or to all as one row."""
     groups = [_counted(t, syn, metric, batched) for t in (real, syn, *cotangents)]
     lengths = [x.shape[-1] for x in groups[0]]
     if metric == "cosine":
@@ -177,7 +177,9 @@ def gradient_distance_bwd_bwd(
     eps: float,
     batched: bool,
 ) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-    """phi = <u, d distance/d syn> + <w, d distance/d real>, (classes,), and grad times its gradients.
+    """phi = <u, d distance/d syn> + <w, d distance/d real>, and grad times its gradients.
+
+    phi is (classes,).
 
     phi depends on a, b, u, w through the seven sums <a,b>, |a|, |b|, <u,a>, <u,b>, <w,b>, <w,a>.
     """

@@ -51,7 +51,9 @@ def literal_row_cosine(syn, real, eps=1e-6):
     for s, r in zip(syn, real, strict=True):
         if s.dim() < 2:
             continue
-        for b, a in zip(s.reshape(len(s), -1).tolist(), r.reshape(len(r), -1).tolist(), strict=True):
+        for b, a in zip(
+            s.reshape(len(s), -1).tolist(), r.reshape(len(r), -1).tolist(), strict=True
+        ):
             dot = sum(x * y for x, y in zip(a, b, strict=True))
             norms = (sum(x * x for x in a) * sum(y * y for y in b)) ** 0.5
             total += 1 - dot / (norms + eps)
@@ -190,9 +192,7 @@ def test_closed_forms_are_the_derivatives_of_the_definition(metric):
     grad = torch.tensor([0.7, -1.3], dtype=torch.float64, requires_grad=True)
 
     def gradient(outputs, inputs, cotangents=None, **options):
-        return torch.autograd.grad(
-            outputs, inputs, cotangents, materialize_grads=True, **options
-        )
+        return torch.autograd.grad(outputs, inputs, cotangents, materialize_grads=True, **options)
 
     value = reference.gradient_distance(syn, real, metric, batched=True)
     first = gradient(value, syn + real, grad, create_graph=True)
@@ -467,7 +467,9 @@ def test_empty_tensors_and_single_elements(metric):
     with ddfast.use_backend("reference"):
         exact = losses.gradient_distance_and_gradient(syn, real, metric)
     torch.testing.assert_close(ours, exact)
-    none = losses.gradient_distance(draw([(2, 3)], classes=0), draw([(2, 3)], classes=0), batched=True)
+    none = losses.gradient_distance(
+        draw([(2, 3)], classes=0), draw([(2, 3)], classes=0), batched=True
+    )
     assert none.shape == (0,)
 
 
