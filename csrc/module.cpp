@@ -3,10 +3,12 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
 #include <vector>
 
+#include "buffer.h"
 #include "cpu/kernels.h"
 
 namespace py = pybind11;
@@ -74,6 +76,43 @@ std::vector<double> gradient_distance(const std::vector<std::array<std::uintptr_
   return value;
 }
 
+// syn, real: (data, type, class stride, row stride, rows) and each class's first row, if classes
+// are of unequal size; real empty: the mean of syn alone.
+void class_mean(const std::vector<std::int64_t> &syn, const std::vector<std::int64_t> &syn_first,
+                const std::vector<std::int64_t> &real, const std::vector<std::int64_t> &real_first, bool wide,
+                std::int64_t classes, std::int64_t width, std::uintptr_t out, std::uintptr_t distance, int threads) {
+  const auto rows = [](const std::vector<std::int64_t> &x, const std::vector<std::int64_t> &first) {
+    if (x.empty()) return ddfast::class_rows{};
+    return ddfast::class_rows{pointer(std::uintptr_t(x[0])), int(x[1]), x[2], x[3], x[4],
+                              first.empty() ? nullptr : first.data()};
+  };
+  const ddfast::class_mean_arguments arguments{rows(syn, syn_first), rows(real, real_first), wide, classes, width,
+                                               pointer(out), pointer(distance), threads};
+  py::gil_scoped_release release;
+  active->class_mean(arguments);
+}
+
+// shape: images, channels, height, width. Returns the first invalid row of the record, or -1.
+std::int64_t augment(std::uintptr_t input, std::uintptr_t output, int type, std::uintptr_t record, std::int64_t rows,
+                     const std::array<std::int64_t, 4> &shape, bool align_corners, bool offset, bool adjoint,
+                     int threads) {
+  const ddfast::augment_arguments arguments{type,
+                                            pointer(input),
+                                            pointer(output),
+                                            static_cast<const double *>(pointer(record)),
+                                            rows,
+                                            shape[0],
+                                            shape[1],
+                                            shape[2],
+                                            shape[3],
+                                            align_corners,
+                                            offset,
+                                            adjoint,
+                                            threads};
+  py::gil_scoped_release release;
+  return active->augment(arguments);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -82,5 +121,14 @@ PYBIND11_MODULE(_C, m) {
   m.def("levels", &levels, "instruction-set levels that this build and processor offer, fastest first");
   m.def("level", [] { return std::string(active->level); }, "the level in use");
   m.def("set_level", &set_level, "use this level from now on");
+  py::class_<ddfast::buffer>(m, "Buffer", py::buffer_protocol())
+      .def(py::init<std::size_t>())
+      .def_buffer([](const ddfast::buffer &b) {
+        return py::buffer_info(b.data(), 1, py::format_descriptor<std::uint8_t>::format(), py::ssize_t(b.bytes()));
+      });
+  m.def("held_bytes", [] { return ddfast::buffer_pool::instance().held(); }, "bytes kept for later outputs");
+  m.def("release_buffers", [] { ddfast::buffer_pool::instance().release(); }, "give those bytes back");
   m.def("gradient_distance", &gradient_distance);
+  m.def("class_mean", &class_mean);
+  m.def("augment", &augment);
 }

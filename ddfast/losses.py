@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ddfast.ops import class_mean as _class_mean
 from ddfast.ops import gradient_distance as _gradient_distance
+from ddfast.ops.registry import refuse_transforms
 from ddfast.reference.gradient_distance import METRICS
 
 FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -126,6 +127,7 @@ def _checked_pair(
                 f"syn[{i}]: got shape {tuple(s.shape)}, expected a leading class dimension of "
                 f"{syn[0].shape[0] if syn[0].dim() else '?'} because batched=True"
             )
+    refuse_transforms(*syn, *real)
     dtype = syn[0].dtype
     for tensor in (*syn, *real):
         dtype = torch.promote_types(dtype, tensor.dtype)
@@ -205,6 +207,7 @@ def _checked_counts(
     """The rows of each class of a 2-D x, [] for a 3-D x, or the error that names what is wrong."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name}: got {type(x).__name__}, expected a tensor")
+    refuse_transforms(x)
     if x.dtype not in FLOATS:
         raise TypeError(f"{name}: got {x.dtype}, expected a floating dtype")
     if x.dim() == 3:

@@ -7,7 +7,7 @@ are a second step without atomics: the same bits in every run.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import triton
@@ -259,12 +259,46 @@ def _cut(tensor: Tensor, metric: int, batched: bool) -> tuple[int, int, int, int
     return classes, share, CHUNK, -(-share // CHUNK)
 
 
-def _counted(syn: Sequence[Tensor], metric: int, batched: bool) -> list[bool]:
-    return [metric != ROW_COSINE or has_rows(s, batched) for s in syn]
-
-
 def _acc(dtype: torch.dtype) -> tl.dtype:
     return tl.float64 if dtype == torch.float64 else tl.float32
+
+
+Launch = Callable[[int, Tensor, Tensor, int], None]
+
+
+def _reduce(
+    syn: Sequence[Tensor],
+    kind: int,
+    batched: bool,
+    outputs: Sequence[Sequence[Tensor] | None],
+    width: int,
+    launch: Launch,
+) -> tuple[Tensor, list[int]]:
+    """Phase 0 over all tensors; outputs of tensors that do not count become zero.
+
+    Returns:
+        The value per class, (classes,), or for the cosine the sums, (classes, width); and which
+        tensors the cosine's phase 1 has to visit.
+    """
+    classes = syn[0].shape[0] if batched else 1
+    shape = (classes, width) if kind == COSINE else (classes,)
+    total = syn[0].new_zeros(shape, dtype=accumulator(syn[0].dtype))
+    active = []
+    for i, s in enumerate(syn):
+        counted = kind != ROW_COSINE or has_rows(s, batched)
+        if not (counted and s.numel()):
+            for out in outputs:
+                if out is not None:
+                    out[i].zero_()
+            if counted and kind == ROW_COSINE and width == 3:
+                total += s.shape[int(batched)]  # rows of no elements have distance 1
+            continue
+        active.append(i)
+        per_class = _cut(s, kind, batched)[3]
+        part = total.new_empty(classes, per_class, *shape[1:])
+        launch(i, part, total, 0)
+        total += part.sum(1)
+    return total, active
 
 
 def _launch_first(
@@ -279,22 +313,17 @@ def _launch_first(
 ) -> Tensor:
     """Run over all tensors; returns the distance per class."""
     kind = METRICS.index(metric)
-    wide = accumulator(syn[0].dtype)
-    classes = syn[0].shape[0] if batched else 1
-    total = syn[0].new_zeros(classes, dtype=wide)
-    scale = total if grad is None else grad.contiguous()
-    counted = _counted(syn, kind, batched)
 
     def launch(i: int, value: Tensor, coefficients: Tensor, phase: int) -> None:
         s, r = syn[i].contiguous(), real[i].contiguous()
-        _, share, length, per_class = _cut(s, kind, batched)
+        classes, share, length, per_class = _cut(s, kind, batched)
         write = kind != COSINE or phase == 1
         first_kernel[(classes * per_class,)](
             s,
             r,
             out_syn[i] if out_syn is not None else s,
             out_real[i] if out_real is not None else s,
-            scale,
+            value if grad is None else grad.contiguous(),
             value,
             coefficients,
             share,
@@ -310,35 +339,15 @@ def _launch_first(
             BLOCK=block_size(length),
         )
 
-    active = []
-    for i, s in enumerate(syn):
-        if counted[i] and s.numel():
-            active.append(i)
-        else:
-            for out in (out_syn, out_real):
-                if out is not None:
-                    out[i].zero_()
-            if counted[i] and kind == ROW_COSINE:
-                total += s.shape[int(batched)]  # rows of no elements have distance 1
+    total, active = _reduce(syn, kind, batched, (out_syn, out_real), 3, launch)
     if kind != COSINE:
-        for i in active:
-            _, _, _, per_class = _cut(syn[i], kind, batched)
-            value = total.new_empty(classes, per_class)
-            launch(i, value, total, 0)
-            total += value.sum(1)
         return total
-    sums = total.new_zeros(classes, 3)
-    for i in active:
-        _, _, _, per_class = _cut(syn[i], kind, batched)
-        part = total.new_empty(classes, per_class, 3)
-        launch(i, part, total, 0)
-        sums += part.sum(1)
-    ab, m, n = sums[:, 0], sums[:, 1].sqrt(), sums[:, 2].sqrt()
+    ab, m, n = total[:, 0], total[:, 1].sqrt(), total[:, 2].sqrt()
     d = 1 / (m * n + eps)
-    zero = torch.zeros_like(d)
-    by_b = torch.where(n > 0, ab * m * d * d / n, zero)
-    by_a = torch.where(m > 0, ab * n * d * d / m, zero)
     if out_syn is not None or out_real is not None:
+        zero = torch.zeros_like(d)
+        by_b = torch.where(n > 0, ab * m * d * d / n, zero)
+        by_a = torch.where(m > 0, ab * n * d * d / m, zero)
         coefficients = torch.stack([-d, by_b, by_a], 1)
         for i in active:
             launch(i, total, coefficients, 1)
@@ -388,21 +397,15 @@ def gradient_distance_bwd_bwd(
 ) -> list[Tensor]:
     """The operator of the same name."""
     kind = METRICS.index(metric)
-    classes = syn[0].shape[0] if batched else 1
-    total = syn[0].new_zeros(classes, dtype=accumulator(syn[0].dtype))
     out_syn, out_real = _empty_like(syn), _empty_like(real)
-    scale = grad.contiguous()
 
     def launch(i: int, value: Tensor, coefficients: Tensor, phase: int) -> None:
-        _, share, length, per_class = _cut(syn[i], kind, batched)
+        classes, share, length, per_class = _cut(syn[i], kind, batched)
         second_kernel[(classes * per_class,)](
-            syn[i].contiguous(),
-            real[i].contiguous(),
-            u[i].contiguous(),
-            w[i].contiguous(),
+            *(t[i].contiguous() for t in (syn, real, u, w)),
             out_syn[i],
             out_real[i],
-            scale,
+            grad.contiguous(),
             value,
             coefficients,
             share,
@@ -415,27 +418,10 @@ def gradient_distance_bwd_bwd(
             BLOCK=block_size(length),
         )
 
-    active = []
-    for i, counted in enumerate(_counted(syn, kind, batched)):
-        if counted and syn[i].numel():
-            active.append(i)
-        else:
-            out_syn[i].zero_()
-            out_real[i].zero_()
+    total, active = _reduce(syn, kind, batched, (out_syn, out_real), 7, launch)
     if kind != COSINE:
-        for i in active:
-            _, _, _, per_class = _cut(syn[i], kind, batched)
-            value = total.new_empty(classes, per_class)
-            launch(i, value, total, 0)
-            total += value.sum(1)
         return [total, *out_syn, *out_real]
-    sums = total.new_zeros(classes, 7)
-    for i in active:
-        _, _, _, per_class = _cut(syn[i], kind, batched)
-        part = total.new_empty(classes, per_class, 7)
-        launch(i, part, total, 0)
-        sums += part.sum(1)
-    s, m, n, ua, ub, wb, wa = sums.unbind(1)
+    s, m, n, ua, ub, wb, wa = total.unbind(1)
     m, n = m.sqrt(), n.sqrt()
     zero = torch.zeros_like(m)
     im, i_n = torch.where(m > 0, 1 / m, zero), torch.where(n > 0, 1 / n, zero)

@@ -33,12 +33,59 @@ struct gradient_distance_arguments {
   int threads;
 };
 
+// Rows of features, class after class; the columns of one row lie side by side.
+struct class_rows {
+  const void *data;  // null: not given
+  int type;
+  int64_t class_stride;  // in elements, for classes of equal size
+  int64_t row_stride;
+  int64_t rows;              // of each class, if equal
+  const int64_t *first_row;  // classes + 1 entries; null if equal
+};
+
+struct class_mean_arguments {
+  class_rows syn;
+  class_rows real;  // may be missing
+  int wide;         // sums and outputs in double, else in float
+  int64_t classes;
+  int64_t width;
+  void *out;       // classes x width: the mean of syn, less that of real if given
+  void *distance;  // per class, the sum of its squares; null without real
+  int threads;
+};
+
+enum augment_operation : int {
+  augment_color = 0,
+  augment_crop = 1,
+  augment_cutout = 2,
+  augment_flip = 3,
+  augment_scale = 4,
+  augment_rotate = 5
+};
+
+// Contiguous images x channels x height x width; ddfast/reference/augment.py explains the record.
+struct augment_arguments {
+  int type;
+  const void *input;
+  void *output;
+  const double *record;  // rows x 4: operation and three parameters
+  int64_t rows;          // as many as images, or 1 for all of them
+  int64_t images, channels, height, width;
+  bool align_corners;
+  bool offset;   // false: the linear part only
+  bool adjoint;  // the transpose of the linear part
+  int threads;
+};
+
 struct kernel_table {
   const char *level;
   // value = distance; out_syn, out_real = scale * its gradient
   void (*gradient_distance)(const gradient_distance_arguments &);
   // value = <cotangents, gradient>; out_syn, out_real = scale * gradient of that
   void (*gradient_distance_second)(const gradient_distance_arguments &);
+  void (*class_mean)(const class_mean_arguments &);
+  // The first row of the record that is not valid, in which case nothing is written; -1: none.
+  int64_t (*augment)(const augment_arguments &);
 };
 
 // Defined once per level in table.cpp.

@@ -13,6 +13,8 @@ namespace ddfast {
 namespace DDFAST_LEVEL {
 void gradient_distance(const gradient_distance_arguments &);
 void gradient_distance_second(const gradient_distance_arguments &);
+void class_mean(const class_mean_arguments &);
+int64_t augment(const augment_arguments &);
 }  // namespace DDFAST_LEVEL
 
 const kernel_table *DDFAST_JOIN(kernel_table_, DDFAST_LEVEL)() {
@@ -20,6 +22,8 @@ const kernel_table *DDFAST_JOIN(kernel_table_, DDFAST_LEVEL)() {
       DDFAST_TEXT(DDFAST_LEVEL),
       DDFAST_LEVEL::gradient_distance,
       DDFAST_LEVEL::gradient_distance_second,
+      DDFAST_LEVEL::class_mean,
+      DDFAST_LEVEL::augment,
   };
   return &table;
 }

@@ -7,14 +7,52 @@ order under torch.compile).
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NoReturn
 
 import torch
+from torch import Tensor
+from torch.autograd import forward_ad
 
 from ddfast import backend
 
 library = torch.library.Library("ddfast", "DEF")
+
+
+def tensors_in(arguments: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among an operator's arguments, lists included."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, (list, tuple)):
+            yield from tensors_in(argument)
+
+
+def refuse_forward_mode(name: str, arguments: Iterable[Any]) -> None:
+    """Raise where a tensor carries a tangent: `register_autograd` would drop it silently."""
+    if forward_ad._current_level < 0:
+        return
+    for tensor in tensors_in(arguments):
+        if forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                f"ddfast::{name} has no forward-mode derivative. Use the plain PyTorch definition "
+                "in ddfast.reference, which has one."
+            )
+
+
+def refuse_transforms(*tensors: Tensor) -> None:
+    """Raise under torch.func, whose jvp would get zeros and whose vmap a loop.
+
+    Raises:
+        NotImplementedError: a tensor belongs to a torch.func transform.
+    """
+    if torch.compiler.is_compiling():
+        return
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in tensors):
+        raise NotImplementedError(
+            "ddfast's operators do not run under torch.func (grad, jvp, vmap, ...). Use the plain "
+            "PyTorch definitions in ddfast.reference there, or torch.autograd here."
+        )
 
 
 def declare(
@@ -37,21 +75,29 @@ def declare(
     name = schema.split("(")[0]
 
     def on_cpu(*arguments: Any) -> Any:
+        refuse_forward_mode(name, arguments)
         compiled = None if cpu is None or backend.reference_forced() else backend.cpu_kernels()
         if cpu is None or compiled is None:
             return reference(*arguments)
         return cpu(compiled, *arguments)
 
     def on_cuda(*arguments: Any) -> Any:
+        refuse_forward_mode(name, arguments)
         if cuda is None or backend.reference_forced():
             return reference(*arguments)
-        results = cuda(*arguments)
+        # Triton launches on the current device, which need not be the tensors'.
+        with torch.cuda.device(next(tensors_in(arguments)).device):
+            results = cuda(*arguments)
         return reference(*arguments) if results is NotImplemented else results
+
+    def elsewhere(*arguments: Any) -> Any:
+        refuse_forward_mode(name, arguments)
+        return reference(*arguments)
 
     library.define(schema)
     library.impl(name, on_cpu, "CPU")
     library.impl(name, on_cuda, "CUDA")
-    library.impl(name, reference, "CompositeExplicitAutograd")
+    library.impl(name, elsewhere, "CompositeExplicitAutograd")
     torch.library.register_fake(f"ddfast::{name}", fake, lib=library)
     return getattr(torch.ops.ddfast, name).default
 

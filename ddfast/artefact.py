@@ -1,0 +1,328 @@
+"""The distilled set as one safetensors file, which carries its preprocessing and its recipe."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialise
+from torch import Tensor
+
+from ddfast._version import __version__
+from ddfast.data.dataset import check_labels
+from ddfast.data.files import whole_file
+from ddfast.data.normalisation import denormalise
+
+__all__ = ["FORMAT_VERSION", "SPACES", "Artefact", "load", "save"]
+
+FORMAT_VERSION = 1
+SPACES = ("normalised", "pixel")
+
+# All metadata live under one key: safetensors writes several in random order, and the same artefact
+# has to be the same bytes.
+KEY = "ddfast"
+RECIPE = ("space", "mean", "std", "class_names", "dataset", "method", "config", "seed", "versions")
+
+
+def _versions() -> dict[str, str]:
+    return {"ddfast": __version__, "torch": str(torch.__version__)}
+
+
+@dataclass(frozen=True, eq=False, kw_only=True)
+class Artefact:
+    """A distilled set with all that is needed to use it and to make it again; checked when made.
+
+    Tensors are copied to the CPU; mappings and sequences become plain values that survive JSON.
+
+    Attributes:
+        images: float32 `(N, channels, H, W)`, finite.
+        labels: int64 `(N,)` in `[0, num_classes)`.
+        space: `"normalised"` for `(pixel / 255 - mean) / std` per channel, `"pixel"` for
+            `pixel / 255`.
+        mean, std: the constants of the data set it was made from, one number a channel.
+        class_names: one name a class, in the order of the labels.
+        dataset: name of the data set.
+        method: name of the method.
+        config: settings of the method, plain values.
+        seed: of the run.
+        soft_labels: None, or float32 `(N, num_classes)`, finite.
+        lr: None, or the learning rate that was learned with the images, above 0.
+        versions: of ddfast and torch.
+
+    Raises:
+        TypeError: a field of the wrong type.
+        ValueError: shapes, labels or statistics that do not fit together; a pixel that is not
+            finite, with its class.
+    """
+
+    images: Tensor
+    labels: Tensor
+    space: str
+    mean: Sequence[float]
+    std: Sequence[float]
+    class_names: Sequence[str]
+    dataset: str
+    method: str
+    config: Mapping[str, Any]
+    seed: int
+    soft_labels: Tensor | None = None
+    lr: float | None = None
+    versions: Mapping[str, str] = field(default_factory=_versions)
+
+    def __post_init__(self) -> None:
+        for name in ("dataset", "method", "space"):
+            if not isinstance(getattr(self, name), str):
+                raise TypeError(f"{name} must be a string, got {getattr(self, name)!r}")
+        if self.space not in SPACES:
+            raise ValueError(f"space must be one of {', '.join(SPACES)}, got {self.space!r}")
+        if isinstance(self.class_names, str) or not self.class_names:
+            raise ValueError(f"class_names must name each class, got {self.class_names!r}")
+        if isinstance(self.seed, bool) or not isinstance(self.seed, int):
+            raise TypeError(f"seed must be an integer, got {self.seed!r}")
+        self._keep("class_names", tuple(str(name) for name in self.class_names))
+        self._keep("config", _plain("config", self.config))
+        self._keep("versions", _plain("versions", self.versions))
+        _check_tensor("images", self.images, torch.float32, "(N, channels, H, W)", 4)
+        check_labels(self.labels, self.num_classes, "labels")
+        if len(self.labels) != len(self.images):
+            raise ValueError(
+                f"images and labels differ in length: {len(self.images)} and {len(self.labels)}"
+            )
+        for name in ("images", "labels"):
+            self._keep(name, _own(getattr(self, name)))
+        _check_statistics(self)
+        self._check_finite("images", self.images)
+        if self.soft_labels is not None:
+            _check_tensor(
+                "soft_labels", self.soft_labels, torch.float32, "(N, number of classes)", 2
+            )
+            if self.soft_labels.shape != (len(self.labels), self.num_classes):
+                raise ValueError(
+                    f"soft_labels must have shape {(len(self.labels), self.num_classes)}, "
+                    f"got {tuple(self.soft_labels.shape)}"
+                )
+            self._keep("soft_labels", _own(self.soft_labels))
+            self._check_finite("soft_labels", self.soft_labels)
+        if self.lr is not None:
+            self._keep("lr", float(self.lr))
+            if not (math.isfinite(self.lr) and self.lr > 0):
+                raise ValueError(f"lr must be finite and above 0, got {self.lr}")
+
+    def _keep(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
+
+    def _check_finite(self, what: str, values: Tensor) -> None:
+        bad = ~torch.isfinite(values.flatten(1)).all(1)
+        if bad.any():
+            place = int(bad.nonzero()[0])
+            label = int(self.labels[place])
+            raise ValueError(
+                f"{what} has values that are not finite: number {place}, of class {label} "
+                f"({self.class_names[label]}), is the first of {int(bad.sum())}"
+            )
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+    @property
+    def channels(self) -> int:
+        return int(self.images.shape[1])
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        return int(self.images.shape[2]), int(self.images.shape[3])
+
+    def to_pixels(self) -> Tensor:
+        """The images as uint8 `(N, channels, H, W)`, rounded and clamped to 0..255."""
+        if self.space == "normalised":
+            return denormalise(self.images, self.mean, self.std)
+        return denormalise(self.images, [0.0] * self.channels, [1.0] * self.channels)
+
+    def normalised(self, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+        """The images normalised with other constants, float32 `(N, channels, H, W)`.
+
+        The very same bits if they are normalised with these already. Else they go through pixels
+        scaled to 0..1, neither rounded nor clamped: a distilled image may leave that range.
+
+        Raises:
+            ValueError: not one number a channel.
+        """
+        target = tuple(float(value) for value in mean), tuple(float(value) for value in std)
+        if len(target[0]) != self.channels or len(target[1]) != self.channels:
+            raise ValueError(
+                f"mean and std must have one number for each of {self.channels} channels, "
+                f"got {len(target[0])} and {len(target[1])}"
+            )
+        if self.space == "normalised" and target == (self.mean, self.std):
+            return self.images
+        unit = self.images.double()
+        if self.space == "normalised":
+            unit = unit * _columns(self.std) + _columns(self.mean)
+        shift, scale = (_columns(values) for values in target)
+        return ((unit - shift) / scale).float()
+
+    def save(self, path: str | os.PathLike[str]) -> Path:
+        """Write the file, see :func:`save`."""
+        return save(self, path)
+
+    @staticmethod
+    def load(path: str | os.PathLike[str]) -> Artefact:
+        """Read a file, see :func:`load`."""
+        return load(path)
+
+    def __repr__(self) -> str:
+        channels, height, width = self.images.shape[1:]
+        return (
+            f"Artefact({self.method} on {self.dataset}: {len(self.images)} {self.space} images "
+            f"of {self.num_classes} classes, {channels}x{height}x{width})"
+        )
+
+
+def save(artefact: Artefact, path: str | os.PathLike[str]) -> Path:
+    """Write an artefact, whole or not at all: whatever was at ``path`` stays until the end.
+
+    The same artefact gives the same bytes.
+
+    Raises:
+        FileNotFoundError, PermissionError: the folder does not exist or cannot be written.
+        TypeError: not an artefact.
+    """
+    if not isinstance(artefact, Artefact):
+        raise TypeError(f"expected an Artefact, got {type(artefact).__name__}")
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; an artefact is written to a file")
+    tensors = {"images": artefact.images, "labels": artefact.labels}
+    if artefact.soft_labels is not None:
+        tensors["soft_labels"] = artefact.soft_labels
+    if artefact.lr is not None:
+        tensors["lr"] = torch.tensor(artefact.lr, dtype=torch.float64)
+    recipe = {name: getattr(artefact, name) for name in RECIPE}
+    header = {
+        "format_version": FORMAT_VERSION,
+        "recipe": recipe,
+        "sha256": _digest(tensors, json.dumps(recipe, sort_keys=True)),
+    }
+    content = serialise(tensors, {KEY: json.dumps(header, sort_keys=True)})
+    with whole_file(path) as temporary:
+        temporary.write_bytes(content)
+    return path
+
+
+def load(path: str | os.PathLike[str]) -> Artefact:
+    """Read an artefact. Nothing is unpickled, and the contents are checked against a checksum.
+
+    Raises:
+        FileNotFoundError: no such file.
+        IsADirectoryError: a folder.
+        ValueError: not an artefact of ddfast, damaged or cut short, another version of the format,
+            or contents that do not fit together; the message names the file.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no artefact at {path}")
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a folder; give the artefact's file")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is no safetensors file, or it is damaged or cut short: {error}"
+        ) from None
+    if KEY not in metadata:
+        raise ValueError(f"{path} is no artefact of ddfast: its metadata have no {KEY!r}")
+    try:
+        header = json.loads(metadata[KEY])
+        version = header["format_version"]
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"it has format version {version!r}, and ddfast {__version__} reads version "
+                f"{FORMAT_VERSION}"
+            )
+        recipe = header["recipe"]
+        missing = [name for name in ("images", "labels") if name not in tensors]
+        missing += [name for name in RECIPE if name not in recipe]
+        if missing:
+            raise ValueError(f"it lacks {', '.join(missing)}")
+        if header["sha256"] != _digest(tensors, json.dumps(recipe, sort_keys=True)):
+            raise ValueError("its contents do not match its checksum: it is damaged")
+        lr = tensors.get("lr")
+        return Artefact(
+            images=tensors["images"],
+            labels=tensors["labels"],
+            soft_labels=tensors.get("soft_labels"),
+            lr=None if lr is None else lr.item(),
+            **{name: recipe[name] for name in RECIPE},
+        )
+    except KeyError as error:
+        raise ValueError(f"{path} cannot be used: it lacks {error}") from None
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be used: {error}") from None
+
+
+def _digest(tensors: Mapping[str, Tensor], recipe: str) -> str:
+    """SHA-256 over the recipe and every tensor's name, type, shape and bytes."""
+    sha = hashlib.sha256(recipe.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return sha.hexdigest()
+
+
+def _own(tensor: Tensor) -> Tensor:
+    """A contiguous copy on the CPU, outside any graph."""
+    return tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+
+
+def _check_tensor(what: str, value: object, dtype: torch.dtype, shape: str, dims: int) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{what} must be a tensor, got {type(value).__name__}")
+    if value.dtype != dtype:
+        raise TypeError(f"{what} must be {str(dtype)[6:]}, got {str(value.dtype)[6:]}")
+    if value.dim() != dims or 0 in value.shape:
+        raise ValueError(f"{what} must have shape {shape}, not empty, got {tuple(value.shape)}")
+
+
+def _check_statistics(artefact: Artefact) -> None:
+    for name in ("mean", "std"):
+        values = getattr(artefact, name)
+        try:
+            numbers = tuple(float(value) for value in values)
+        except (TypeError, ValueError):
+            raise TypeError(f"{name} must be a sequence of numbers, got {values!r}") from None
+        if len(numbers) != artefact.channels:
+            raise ValueError(
+                f"{name} must have one number for each of {artefact.channels} channels, "
+                f"got {len(numbers)}"
+            )
+        if not all(math.isfinite(number) and (name == "mean" or number > 0) for number in numbers):
+            wanted = "finite" if name == "mean" else "finite and above 0"
+            raise ValueError(f"{name} must be {wanted}, got {numbers}")
+        artefact._keep(name, numbers)
+
+
+def _plain(name: str, value: object) -> dict[str, Any]:
+    try:
+        plain = json.loads(json.dumps(value, allow_nan=False))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must consist of plain values: {error}") from None
+    if not isinstance(plain, dict):
+        raise TypeError(f"{name} must be a mapping, got {type(value).__name__}")
+    return plain
+
+
+def _columns(values: Sequence[float]) -> Tensor:
+    return torch.tensor(tuple(values), dtype=torch.float64).view(-1, 1, 1)

@@ -1,0 +1,404 @@
+"""The command `ddfast`: distill, evaluate, show, methods.
+
+Of ddfast itself nothing is imported before it is known which command it is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import os
+import re
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Literal,
+    NoReturn,
+    TextIO,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
+
+if TYPE_CHECKING:
+    from ddfast.methods import Method
+
+TRACEBACK = "DDFAST_TRACEBACK"
+
+USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code.
+
+    0: done; 1: something came to values that are not finite, or an error of ours; 2: something
+    about the command, in one line on stderr; 130: interrupted, and saved.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    name = words[0] if words else "--help"
+    if name in ("-h", "--help"):
+        print(_overview())
+        return 0 if words else 2
+    if name == "--version":
+        from ddfast import __version__
+
+        print(f"ddfast {__version__}")
+        return 0
+    try:
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            _named(name)(words[1:])
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        from ddfast.evaluate import NotFinite
+        from ddfast.methods import Diverged
+
+        expected = isinstance(error, (*USER_ERRORS, Diverged, NotFinite))
+        if os.environ.get(TRACEBACK) or not expected:
+            traceback.print_exc()
+        print(f"ddfast: error: {_in_one_line(error)}", file=sys.stderr)
+        return 2 if isinstance(error, USER_ERRORS) else 1
+
+
+def _named(name: str) -> Callable[[list[str]], None]:
+    if name not in COMMANDS:
+        near = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(f"no command {name!r}{hint}; there are {', '.join(COMMANDS)}")
+    return COMMANDS[name]
+
+
+def _overview() -> str:
+    lines = [f"  {name:10}{_first_line(function)}" for name, function in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: ddfast COMMAND ...",
+            "",
+            "Fast, exact dataset distillation.",
+            "",
+            *lines,
+            "",
+            "  ddfast distill dm --dataset digits --ipc 10 --out runs/dm-digits",
+            "  ddfast evaluate runs/dm-digits --model ConvNet,MLP",
+            "",
+            "`ddfast COMMAND --help` explains a command, `ddfast distill METHOD --help` a method.",
+            f"{TRACEBACK}=1 in the environment adds a traceback to an error.",
+        ]
+    )
+
+
+def _first_line(function: Callable[..., Any]) -> str:
+    return (function.__doc__ or "").strip().split("\n")[0]
+
+
+def _in_one_line(error: object) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    print(f"ddfast: warning: {_in_one_line(message)}", file=sys.stderr)
+
+
+class _Formatter(DefaultHelpFormatter):
+    """The help as it was written: defaults and types are in it where they matter."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help or ""
+
+
+class _Parser(ArgumentParser):
+    """Flags, or a YAML file with --config; errors are one line."""
+
+    def __init__(self, prog: str, description: str) -> None:
+        super().__init__(
+            prog=prog, description=description, formatter_class=_Formatter, allow_abbrev=False
+        )
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        message = re.sub(r'Parser key "(\w+)":', r"--\1:", message)
+        message = re.sub(
+            r"Expected a (?:<class ')?(.+?)(?:'>)?\. Got value: (.*)",
+            r"got \2, expected \1",
+            message,
+        )
+        unknown = re.search(r"unrecognized arguments: (--\w+)", message)
+        if unknown:
+            flags = [flag for action in self._actions for flag in action.option_strings]
+            near = difflib.get_close_matches(unknown[1], flags, n=1)
+            message += f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(f"{message}; `{self.prog} --help` lists the flags")
+
+    def flag(
+        self, group: Any, names: Sequence[str], hint: Any, default: Any, help: str, **more: Any
+    ) -> None:
+        """One flag, which may be left out; `default` None is not mentioned."""
+        group.add_argument(
+            *(f"--{name}" for name in names),
+            type=hint,
+            default=default,
+            metavar=_metavar(hint),
+            help=help + ("" if default in (None, {}) else f" (default: {default})"),
+            **more,
+        )
+
+
+def _metavar(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return "{" + ",".join(get_args(hint)) + "}"
+    return {int: "INT", float: "NUMBER", str: "TEXT"}.get(hint, "MAPPING")
+
+
+# --- distill ------------------------------------------------------------------------------------
+
+
+def _distill(words: list[str]) -> None:
+    """Distil a data set, or go on with an interrupted run."""
+    from ddfast import methods
+
+    if not words or words[0] in ("-h", "--help"):
+        print("usage: ddfast distill METHOD --dataset DATASET --ipc IPC --out FOLDER ...\n")
+        print(_first_line(_distill) + "\n")
+        for each in methods.methods().values():
+            print(f"  {each.name:10}{each.matches}")
+        print("\n`ddfast distill METHOD --help` lists the settings of a method.")
+        return
+    if words[0].startswith("-"):
+        raise ValueError(f"expected a method after distill, got {words[0]}")
+    method = methods.find(words[0])
+    parser = _distill_parser(method)
+    options = parser.parse_args(words[1:])
+    names = [field.name for field in dataclasses.fields(method.config)]
+    settings = {name: options[name] for name in names}
+    settings["data_options"] = _plain(settings["data_options"])
+    config = method.config(**settings)
+    _set_threads(options.threads)
+
+    from ddfast import data
+    from ddfast.distill import distill
+
+    dataset = data.load(config.dataset, config.data_path, **config.data_options)
+    artefact = distill(
+        method.name,
+        dataset,
+        config,
+        options.out,
+        device=options.device,
+        memory=options.memory,
+        checkpoint_every=options.checkpoint_every,
+        progress=not options.quiet,
+    )
+    print(f"{options.out}: {artefact!r}")
+    print(f"{Path(options.out) / 'grid.png'} shows the images")
+    if options.evaluate:
+        _evaluate([options.out, *(["--quiet"] if options.quiet else [])])
+    else:
+        print(f"evaluate them with: ddfast evaluate {options.out}")
+
+
+def _distill_parser(method: Method) -> _Parser:
+    """Every field of the method's config as a flag, and the flags of a run."""
+    published = " ".join((method.config.published.__doc__ or "").split())
+    parser = _Parser(
+        f"ddfast distill {method.name}",
+        f"{method.title}. Matches {method.matches}. Published settings, where a flag is left out: "
+        f"{published}",
+    )
+    parser.add_argument(
+        "--config", action=ActionConfigFile, metavar="FILE", help="YAML with any of these, by name"
+    )
+    hints = get_type_hints(method.config)
+    groups = {
+        "task": parser.add_argument_group("task"),
+        "method": parser.add_argument_group("method"),
+    }
+    for field in dataclasses.fields(method.config):
+        default = None if field.default is dataclasses.MISSING else field.default
+        parser.flag(
+            groups[field.metadata["group"]],
+            [field.name, *field.metadata["aliases"]],
+            hints[field.name],
+            default,
+            field.metadata["help"],
+            required=field.name in ("dataset", "ipc"),
+        )
+    run = parser.add_argument_group("run (changes results by rounding at most)")
+    run.add_argument("--out", type=str, required=True, metavar="FOLDER", help="folder of the run")
+    parser.flag(run, ["device"], str, None, "cpu or cuda (default: a GPU if there is one)")
+    parser.flag(run, ["memory"], str, "1GiB", "what activations may take, such as 8GiB")
+    parser.flag(run, ["threads"], int, None, "threads on the CPU (default: one a core)")
+    parser.flag(
+        run, ["checkpoint_every"], int, None, "iterations between checkpoints (default: some 20 s)"
+    )
+    run.add_argument("--quiet", action="store_true", help="no progress bar")
+    run.add_argument("--evaluate", action="store_true", help="evaluate at the end")
+    return parser
+
+
+def _plain(value: Any) -> dict[str, Any]:
+    return value.as_dict() if isinstance(value, Namespace) else dict(value or {})
+
+
+def _set_threads(threads: int | None) -> None:
+    if threads is None:
+        return
+    if threads < 1:
+        raise ValueError(f"threads: got {threads}, expected at least 1")
+    import torch
+
+    torch.set_num_threads(threads)
+
+
+# --- evaluate -----------------------------------------------------------------------------------
+
+
+def _evaluate(words: list[str]) -> None:
+    """Train networks on a distilled set, random selections and the full data, and test them."""
+    options = _evaluate_parser().parse_args(words)
+    _set_threads(options.threads)
+
+    from ddfast import data
+    from ddfast.artefact import Artefact
+    from ddfast.distill import ARTEFACT
+    from ddfast.evaluate import PROTOCOLS, evaluate
+
+    place = Path(options.run)
+    run = place / ARTEFACT if place.is_dir() else place
+    if place.is_dir() and (place / "config.json").exists() and not run.exists():
+        raise ValueError(f"the run in {place} has not ended; the command that began it goes on")
+    artefact = Artefact.load(run)
+    name = options.dataset or artefact.config.get("dataset", artefact.dataset)
+    data_options = options.data_options
+    if data_options is None and options.dataset is None:
+        data_options = artefact.config.get("data_options")
+    dataset = data.load(name, options.data_path or _data_path(place), **_plain(data_options))
+    protocol = artefact.method if artefact.method in PROTOCOLS else "dm"
+    out = options.out or (str(place) if place.is_dir() else None)
+    report = evaluate(
+        artefact,
+        dataset,
+        (options.model or artefact.config.get("model", "ConvNet")).split(","),
+        options.protocol or protocol,
+        options.num_eval,
+        options.seed,
+        options.selections,
+        not options.no_baselines,
+        not options.quiet,
+        epochs=options.epochs,
+        batch=options.batch_train,
+        lr=options.lr_net,
+        dsa_strategy=options.dsa_strategy,
+        device=options.device,
+        out=out,
+    )
+    print(report.to_markdown(), end="")
+    if out:
+        print(f"\nwritten to {Path(out) / 'report.md'} and report.json")
+
+
+def _evaluate_parser() -> _Parser:
+    parser = _Parser("ddfast evaluate", _first_line(_evaluate))
+    parser.add_argument("run", type=str, metavar="RUN", help="folder of a run, or a distilled file")
+    what = parser.add_argument_group("what is trained")
+    parser.flag(
+        what, ["model"], str, None, "networks, joined by commas (default: the one it was made with)"
+    )
+    parser.flag(what, ["num_eval"], int, 5, "networks of each kind for each set")
+    parser.flag(what, ["selections"], int, 5, "random selections to compare with")
+    what.add_argument(
+        "--no_baselines", action="store_true", help="neither random selections nor full data"
+    )
+    parser.flag(what, ["seed"], int, 0, "every random number of the evaluation follows from it")
+    how = parser.add_argument_group("how (left out: as the protocol has it)")
+    parser.flag(how, ["protocol"], str, None, "dc, dsa or dm (default: that of the method)")
+    parser.flag(how, ["epochs", "epoch_eval_train"], int, None, "epochs, and one more is made")
+    parser.flag(how, ["batch_train"], int, None, "images a step")
+    parser.flag(how, ["lr_net"], float, None, "learning rate of the networks")
+    parser.flag(how, ["dsa_strategy"], str, None, "augmentations joined by _, or none")
+    data = parser.add_argument_group("data (left out: as the run had it)")
+    parser.flag(data, ["dataset"], str, None, "name of the data set with the test images")
+    parser.flag(data, ["data_path"], str, None, "folder that holds its files")
+    parser.flag(data, ["data_options"], dict[str, Any], None, "options of its reader")
+    run = parser.add_argument_group("run")
+    parser.flag(run, ["out"], str, None, "where report.md goes (default: the folder of the run)")
+    parser.flag(run, ["device"], str, None, "cpu or cuda (default: a GPU if there is one)")
+    parser.flag(run, ["threads"], int, None, "threads on the CPU (default: one a core)")
+    run.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def _data_path(place: Path) -> str | None:
+    """Where a run found its data."""
+    try:
+        return json.loads((place / "config.json").read_text(encoding="utf-8"))["data_path"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+# --- show ---------------------------------------------------------------------------------------
+
+
+def _show(words: list[str]) -> None:
+    """Write the picture of a run, finished or not, or of a distilled file, and say what it is."""
+    parser = _Parser("ddfast show", _first_line(_show))
+    parser.add_argument("run", type=str, metavar="RUN", help="folder of a run, or a distilled file")
+    parser.flag(parser, ["out"], str, None, "the picture (default: grid.png beside the images)")
+    options = parser.parse_args(words)
+
+    from ddfast.artefact import Artefact
+    from ddfast.distill import ARTEFACT, unfinished
+    from ddfast.synthetic import grid
+
+    place = Path(options.run)
+    file = place / ARTEFACT if place.is_dir() else place
+    if file.exists() or not place.is_dir():
+        artefact = Artefact.load(file)
+        said = f"{file}: {artefact!r}, ipc {artefact.config.get('ipc')}"
+    else:
+        artefact, iteration = unfinished(place)
+        said = f"{place}: {artefact!r}, {iteration} of {artefact.config['iterations']} iterations"
+    out = Path(options.out) if options.out else file.parent / "grid.png"
+    mean, std = artefact.mean, artefact.std
+    grid(artefact.normalised(mean, std), artefact.labels, mean, std, out)
+    print(said)
+    print(f"{out} shows the images")
+
+
+# --- methods ------------------------------------------------------------------------------------
+
+
+def _methods(words: list[str]) -> None:
+    """List the methods: paper, what it matches, status."""
+    _Parser("ddfast methods", _first_line(_methods)).parse_args(words)
+
+    from ddfast.methods import methods
+
+    for method in methods().values():
+        print(f"{method.name:6}{method.title}")
+        print(f"{'':6}matches {method.matches}")
+        print(f"{'':6}{method.status}")
+
+
+COMMANDS: dict[str, Callable[[list[str]], None]] = {
+    "distill": _distill,
+    "evaluate": _evaluate,
+    "show": _show,
+    "methods": _methods,
+}

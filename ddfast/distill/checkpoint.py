@@ -1,0 +1,104 @@
+"""Checkpoints: whole or not at all, verified when read, the last two kept."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from ddfast.data.files import whole_file
+
+KEPT = 2
+
+
+def _path(folder: Path, iteration: int) -> Path:
+    return folder / f"iteration-{iteration:09d}.safetensors"
+
+
+def _digest(tensors: dict[str, Tensor], header: str) -> str:
+    """SHA-256 over the header and every tensor's name, type, shape and bytes."""
+    sha = hashlib.sha256(header.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name].contiguous()
+        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return sha.hexdigest()
+
+
+def write(folder: Path, iteration: int, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
+    """Save the state after `iteration` iterations, then forget all but the last two.
+
+    The file is written beside its place, flushed to the disk and moved there, so that a crash at
+    any moment leaves at least the one before.
+
+    Args:
+        tensors: of any device and shape.
+        header: plain values, kept as JSON.
+
+    Raises:
+        OSError: the folder cannot be written, or the disk is full.
+    """
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    text = json.dumps({**header, "iteration": iteration})
+    content = save(tensors, {"header": text, "sha256": _digest(tensors, text)})
+    with whole_file(_path(folder, iteration)) as temporary:
+        temporary.write_bytes(content)
+    for old in _existing(folder)[:-KEPT]:
+        old.unlink(missing_ok=True)
+
+
+def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors and the header of one checkpoint.
+
+    Raises:
+        ValueError: damaged or cut short.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        text = metadata["header"]
+        if metadata["sha256"] != _digest(tensors, text):
+            raise ValueError("its checksum does not match")
+        return tensors, json.loads(text)
+    except (SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(f"{path} is damaged or cut short: {error}") from None
+
+
+def read_last(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]] | None:
+    """The newest checkpoint that is whole, with a warning about newer ones that are not.
+
+    Returns:
+        Tensors and header; None if there is no checkpoint.
+
+    Raises:
+        ValueError: there are checkpoints, and all are damaged.
+    """
+    reasons = []
+    for path in reversed(_existing(folder)):
+        try:
+            found = read(path)
+        except ValueError as error:
+            reasons.append(str(error))
+            continue
+        for reason in reasons:
+            warnings.warn(f"{reason}; going back to {path.name}", RuntimeWarning, stacklevel=3)
+        return found
+    if reasons:
+        raise ValueError(
+            f"no checkpoint in {folder} can be read ({'; '.join(reasons)}); remove the folder to "
+            "start the run anew"
+        )
+    return None
+
+
+def _existing(folder: Path) -> list[Path]:
+    """Oldest first."""
+    return sorted(folder.glob("iteration-*.safetensors"))

@@ -1,0 +1,374 @@
+"""The loop every method runs in."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ddfast import methods
+from ddfast._version import __version__
+from ddfast.artefact import Artefact
+from ddfast.data import Dataset
+from ddfast.distill import checkpoint, folder
+from ddfast.distill.log import Log, in_words, peak_memory
+from ddfast.methods import Config, Diverged, Interrupted, Method, Run
+from ddfast.methods.memory import DEFAULT, parse_memory
+from ddfast.synthetic import grid
+
+ARTEFACT = "distilled.safetensors"
+LAST_GOOD = "last_good.safetensors"
+PICTURES = 10  # in the course of a run
+
+# Without checkpoint_every, a checkpoint follows when as many seconds have passed, and a hundred
+# times as long as the last one took to write: less than 1 % of the time goes into them.
+SECONDS_BETWEEN = 20.0
+SHARE = 100.0
+
+
+def distill(
+    method: str,
+    dataset: Dataset,
+    config: Config,
+    out: str | os.PathLike[str],
+    *,
+    device: str | torch.device | None = None,
+    memory: int | str = DEFAULT,
+    checkpoint_every: int | None = None,
+    progress: bool = True,
+) -> Artefact:
+    """Distil a data set, or go on with a run that was interrupted.
+
+    `out` then holds `config.json`, `distilled.safetensors`, `grid.png`, `log.jsonl` and
+    `checkpoint/`. A run that is called again with the same settings goes on from its last
+    checkpoint and ends with the same bits as one that was never interrupted (same kind of machine,
+    number of threads, memory and versions); a finished one is read and returned.
+
+    Args:
+        method: one of `ddfast.methods.methods()`.
+        dataset: only its training images are used.
+        config: the method's `Config`; fields left out take the published values.
+        out: the folder of the run, made if need be.
+        device: None for the GPU if there is one, else the CPU.
+        memory: bytes that activations may take, or words such as "8GiB". Work is cut into chunks
+            that fit, which changes results by rounding only.
+        checkpoint_every: iterations between two checkpoints; None for about every 20 seconds.
+        progress: show a bar and messages on stderr.
+
+    Raises:
+        TypeError, ValueError: settings that cannot work, a folder with another run in it; before
+            any work starts.
+        OSError: the folder cannot be written, or another process is running in it.
+        Diverged: a loss or image is no longer finite; the last good state is kept.
+        KeyboardInterrupt: SIGINT or SIGTERM came; the state has been saved.
+    """
+    known = methods.find(method)
+    if not isinstance(config, known.config):
+        raise TypeError(
+            f"config: got {type(config).__module__}.{type(config).__qualname__}, expected "
+            f"{known.config.__module__}.Config for method {known.name!r}"
+        )
+    config = methods.resolve(config, dataset)
+    budget = parse_memory(memory)
+    if checkpoint_every is not None and checkpoint_every < 1:
+        raise ValueError(f"checkpoint_every: got {checkpoint_every}, expected at least 1")
+    where = _device(device)
+    out = folder.opened(out)
+    with folder.locked(out):
+        mine = folder.identity(known.name, methods.as_json(config), dataset)
+        begun = folder.claim(out, mine)
+        if begun and (out / ARTEFACT).exists():
+            _say(progress, f"{out} is finished; nothing to do")
+            return Artefact.load(out / ARTEFACT)
+        run = methods.start(config, dataset, budget, where)
+        known.check(run)
+        folder.record(out, mine, config.data_path)
+        settings = [f"{name} {value}" for name, value in mine["config"].items() if value != {}]
+        _say(progress, f"{known.name}: {', '.join(settings)}")
+        with _deterministic(), _signals(run):
+            return _Loop(known, run, out, mine, checkpoint_every, progress).finish()
+
+
+class _Loop:
+    """A run, its folder and its clock."""
+
+    def __init__(
+        self,
+        method: Method,
+        run: Run,
+        out: Path,
+        mine: dict[str, Any],
+        checkpoint_every: int | None,
+        progress: bool,
+    ) -> None:
+        self.method, self.run, self.out, self.mine = method, run, out, mine
+        self.every, self.progress = checkpoint_every, progress
+        self.checkpoints = out / "checkpoint"
+        self.checkpoints.mkdir(exist_ok=True)
+        _clear(out)
+        _clear(self.checkpoints)
+        self.seconds_before = 0.0
+        self.resume()
+        self.started = self.saved = time.monotonic()
+        self.cost = 0.0
+
+    def finish(self) -> Artefact:
+        """Iterate to the end; write the artefact and the picture."""
+        run, iterations = self.run, self.run.config.iterations
+        self.log = Log(self.out / "log.jsonl", run.iteration)
+        bar = tqdm(
+            total=iterations,
+            initial=run.iteration,
+            desc=f"{self.method.name} {run.dataset.name} ipc {run.config.ipc}",
+            unit="it",
+            disable=not self.progress,
+            mininterval=0.5 if sys.stderr.isatty() else 30,
+            dynamic_ncols=True,
+        )
+        try:
+            while run.iteration < iterations:
+                self.picture_if_due()
+                losses = self.iterate()
+                loss = losses.mean().item()
+                peak = peak_memory(run.device)
+                self.log.write(
+                    iteration=run.iteration - 1,
+                    loss=loss,
+                    seconds=round(self.seconds(), 3),
+                    peak_memory=peak,
+                )
+                rate = run.processed / (time.monotonic() - self.started)
+                bar.set_postfix_str(
+                    f"loss {loss:.4g}, {rate:.0f} images/s, peak {in_words(peak)}", refresh=False
+                )
+                bar.update()
+                if self.due():
+                    self.save()
+                if run.stop and run.iteration < iterations:
+                    raise Interrupted
+            self.save()
+        except KeyboardInterrupt:
+            self.save()
+            bar.close()
+            _say(
+                self.progress,
+                f"stopped and saved after {run.iteration} of {iterations} iterations; the same "
+                "command again goes on from there",
+            )
+            raise
+        finally:
+            bar.close()
+            self.log.close()
+        artefact = self.artefact()
+        self.picture()
+        artefact.save(self.out / ARTEFACT)
+        return artefact
+
+    def iterate(self) -> Tensor:
+        """One step of the method; if it fails, the state is as before it, and saved."""
+        run = self.run
+        before = {name: tensor.clone() for name, tensor in _state(run).items()}
+        try:
+            losses = self.method.step(run)
+        except BaseException as error:
+            _restore(run, before)
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            self.save()
+            if not isinstance(error, Diverged):
+                raise
+            self.artefact().save(self.out / LAST_GOOD)
+            raise Diverged(
+                f"{error}. The images after {run.iteration} iterations are in "
+                f"{self.out / LAST_GOOD}"
+            ) from None
+        run.iteration += 1
+        return losses
+
+    def seconds(self) -> float:
+        """Of the whole run, without the time between an interruption and the resume."""
+        return self.seconds_before + time.monotonic() - self.started
+
+    def due(self) -> bool:
+        if self.every is not None:
+            return self.run.iteration % self.every == 0
+        return time.monotonic() - self.saved > max(SECONDS_BETWEEN, SHARE * self.cost)
+
+    def save(self) -> None:
+        """Write a checkpoint, after the log, which may be ahead of it but never behind."""
+        begin = time.monotonic()
+        self.log.flush()
+        header = {
+            "seconds": self.seconds(),
+            "identity": self.mine,
+            "made with": _conditions(self.run),
+        }
+        checkpoint.write(self.checkpoints, self.run.iteration, _state(self.run), header)
+        self.saved = time.monotonic()
+        self.cost = self.saved - begin
+
+    def resume(self) -> None:
+        """Take up the last checkpoint, if there is one."""
+        found = checkpoint.read_last(self.checkpoints)
+        if found is None:
+            return
+        tensors, header = found
+        for name, tensor in self.run.tensors.items():
+            shape = tuple(tensors[name].shape) if name in tensors else "nothing"
+            if header["identity"] != self.mine or shape != tuple(tensor.shape):
+                raise ValueError(
+                    f"checkpoint: {self.checkpoints} is not of this run ({name} has shape {shape}, "
+                    f"expected {tuple(tensor.shape)}); remove it to start the run anew"
+                )
+        _restore(self.run, tensors)
+        self.run.iteration = header["iteration"]
+        self.seconds_before = header["seconds"]
+        _say(self.progress, f"{self.out}: going on after {self.run.iteration} iterations")
+        now = _conditions(self.run)
+        changed = [
+            f"{name} {value} instead of {header['made with'].get(name)}"
+            for name, value in now.items()
+            if header["made with"].get(name) != value
+        ]
+        if changed:
+            warnings.warn(
+                f"going on with {', '.join(changed)}: results may differ in the last digits",
+                RuntimeWarning,
+                stacklevel=4,
+            )
+
+    def artefact(self) -> Artefact:
+        run, data = self.run, self.run.dataset
+        return Artefact(
+            images=run.images.detach().float(),
+            labels=run.labels,
+            space="normalised",
+            mean=data.mean,
+            std=data.std,
+            class_names=data.class_names,
+            dataset=data.name,
+            method=self.method.name,
+            config=self.mine["config"],
+            seed=run.config.seed,
+        )
+
+    def picture_if_due(self) -> None:
+        step = max(1, self.run.config.iterations // PICTURES)
+        if self.run.iteration % step == 0:
+            self.picture()
+
+    def picture(self) -> None:
+        data, images = self.run.dataset, self.run.images.detach()
+        grid(images, self.run.labels, data.mean, data.std, self.out / "grid.png")
+
+
+def _state(run: Run) -> dict[str, Tensor]:
+    """Everything that changes in the course of a run, but for the number of the iteration."""
+    state = {name: tensor.detach() for name, tensor in run.tensors.items()}
+    for index, values in run.optimiser.state_dict()["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                state[f"optimiser.{index}.{name}"] = value
+    return state
+
+
+def _restore(run: Run, state: dict[str, Tensor]) -> None:
+    values: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        if name.startswith("optimiser."):
+            _, index, key = name.split(".", 2)
+            values.setdefault(int(index), {})[key] = tensor
+    with torch.no_grad():
+        for name, tensor in run.tensors.items():
+            tensor.copy_(state[name])
+            tensor.grad = None
+    groups = run.optimiser.state_dict()["param_groups"]
+    run.optimiser.load_state_dict({"state": values, "param_groups": groups})
+
+
+def _conditions(run: Run) -> dict[str, Any]:
+    """Beside the identity, what the bits of the result depend on."""
+    return {
+        "device": run.device.type,
+        "threads": torch.get_num_threads(),
+        "memory": run.memory,
+        "torch": torch.__version__,
+        "ddfast": __version__,
+    }
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        found = torch.device(device)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device: got {str(device)!r}, which cannot be used: {error}") from None
+    return found
+
+
+def _clear(place: Path) -> None:
+    """Remove what a killed process left half written."""
+    for path in place.glob(".*.????????"):
+        path.unlink(missing_ok=True)
+
+
+def _say(progress: bool, text: str) -> None:
+    if progress:
+        tqdm.write(text, file=sys.stderr)
+
+
+@contextlib.contextmanager
+def _deterministic() -> Iterator[None]:
+    """Deterministic algorithms inside the block, where there are any."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    settings: Any = torch.utils.deterministic
+    fill = settings.fill_uninitialized_memory
+    benchmark = torch.backends.cudnn.benchmark
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    settings.fill_uninitialized_memory = False  # costs time, changes nothing
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        settings.fill_uninitialized_memory = fill
+        torch.backends.cudnn.benchmark = benchmark
+
+
+@contextlib.contextmanager
+def _signals(run: Run) -> Iterator[None]:
+    """SIGINT and SIGTERM end the run at its next update; a second one kills it, as SIGKILL would.
+
+    The first only leaves a note, so that no exception can strike in the middle of saving.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: Any) -> None:
+        if run.stop:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        run.stop = True
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,310 @@
+"""A distilled set beside random selections and the full data, by the same protocol."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ddfast import nets
+from ddfast._version import __version__
+from ddfast.artefact import Artefact
+from ddfast.data import ClassSampler, Dataset
+from ddfast.distill.folder import opened
+from ddfast.distill.log import peak_memory
+from ddfast.evaluate import protocols
+from ddfast.evaluate.protocols import Protocol, steps_matched
+from ddfast.evaluate.report import Report, Row
+from ddfast.evaluate.train import TrainingSet, accuracy, check_sets, train_networks
+from ddfast.random import generator, seed_of
+
+__all__ = ["evaluate", "random_sets"]
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Sets of one size that are trained on together, and the rows that come of it."""
+
+    rows: dict[str, slice]  # name -> which of the sets
+    sets: Sequence[TrainingSet]
+    protocol: Protocol
+    seed: int
+
+    @property
+    def images(self) -> int:
+        return len(self.sets[0][0])
+
+
+def evaluate(
+    distilled: Artefact | TrainingSet,
+    dataset: Dataset,
+    models: str | Sequence[str] = ("ConvNet",),
+    protocol: str = "dm",
+    num_eval: int = 5,
+    seed: int = 0,
+    selections: int = 5,
+    baselines: bool = True,
+    progress: bool = True,
+    *,
+    epochs: int | None = None,
+    batch: int | None = None,
+    lr: float | None = None,
+    dsa_strategy: str | None = None,
+    device: str | torch.device | None = None,
+    out: str | os.PathLike[str] | None = None,
+) -> Report:
+    """Train networks on a distilled set and on what it has to be compared with, and test them.
+
+    For each model the report has a row for the distilled set with its hard labels, one with its
+    soft labels if it has any, one for random selections with as many images of each class, and one
+    for the full data with about as many SGD steps (see `ddfast.evaluate.steps_matched`). A learned
+    learning rate is not used: the protocols have their own.
+
+    Args:
+        distilled: an artefact (one with other constants is converted); or a pair of images,
+            `(N, channels, H, W)`, float normalised as the data set is or uint8, and int64 labels.
+        dataset: its test images decide; `ddfast.data.hold_out` for choosing settings without them.
+        models: names for `ddfast.nets.build`.
+        protocol: `"dc"`, `"dsa"` or `"dm"`, see `ddfast.evaluate.protocol`.
+        num_eval: networks for each set.
+        seed: all random numbers follow from it: the selections from (seed, "evaluate: selection",
+            number), the networks as in `ddfast.evaluate.train_networks`.
+        selections: how many random selections.
+        baselines: False leaves out random selections and full data.
+        progress: show a bar on stderr.
+        epochs, batch, lr, dsa_strategy: override the protocol's.
+        device: None for the GPU if there is one, else the CPU.
+        out: folder for `report.json` and `report.md`, found to be writable before any work.
+
+    Raises:
+        TypeError, ValueError: settings or sets that cannot work, before any work.
+        OSError: `out` cannot be written.
+        NotFinite: a training came to values that are not finite; the message names it.
+    """
+    folder = None if out is None else opened(out)
+    names = _checked_models(models, dataset)
+    for what, value in (("num_eval", num_eval), ("selections", selections)):
+        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+            raise ValueError(f"{what} must be an integer of at least 1, got {value!r}")
+    hard, soft = _own_sets(distilled, dataset)
+    others = random_sets(hard[1], dataset, selections, seed) if baselines else []
+
+    plans = []
+    for model, batchnorm in names.items():
+        chosen = protocols.protocol(
+            protocol,
+            dataset,
+            batchnorm,
+            epochs=epochs,
+            batch=batch,
+            lr=lr,
+            dsa_strategy=dsa_strategy,
+        )
+        plans.append((model, _parts(hard, soft, others, dataset, chosen, seed, baselines)))
+    where = _device(device)
+    work = sum(
+        num_eval * len(part.sets) * part.images * (part.protocol.epochs + 1)
+        for _, parts in plans
+        for part in parts
+    )
+    began = time.monotonic()
+    rows: list[Row] = []
+    with _bar(work, f"evaluating on {dataset.name}", progress) as advance:
+        for model, parts in plans:
+            for part in parts:
+                rows += _rows(part, model, dataset, num_eval, where, advance)
+    report = Report(
+        dataset=dataset.name,
+        split=dataset.test_split,
+        method=distilled.method if isinstance(distilled, Artefact) else "",
+        seed=seed,
+        rows=tuple(rows),
+        seconds=time.monotonic() - began,
+        machine={
+            "device": where.type,
+            "threads": torch.get_num_threads(),
+            "ddfast": __version__,
+            "torch": str(torch.__version__),
+        },
+    )
+    if folder is not None:
+        report.write_report(folder)
+    return report
+
+
+def random_sets(labels: Tensor, dataset: Dataset, selections: int, seed: int) -> list[TrainingSet]:
+    """Random selections of training images, with as many of each class as `labels` has.
+
+    Returns:
+        For each selection images, uint8 `(N, channels, H, W)`, and labels, class 0 first.
+
+    Raises:
+        ValueError: a class with fewer training images; the message names it.
+    """
+    wanted = torch.bincount(labels.cpu(), minlength=dataset.num_classes).tolist()
+    sampler = ClassSampler(dataset.train_labels, dataset.num_classes)
+    for place, (count, there) in enumerate(zip(wanted, sampler.counts, strict=True)):
+        if count > there:
+            raise ValueError(
+                f"class {place} ({dataset.class_names[place]}) of {dataset.name} has {there} "
+                f"training images, too few for a random selection of {count}; baselines=False "
+                "does without"
+            )
+    found = []
+    for number in range(selections):
+        random = generator(seed, "evaluate: selection", number)
+        indices = torch.cat(
+            [sampler.sample(c, count, random) for c, count in enumerate(wanted) if count]
+        )
+        found.append((dataset.train_images[indices], dataset.train_labels[indices]))
+    return found
+
+
+def _checked_models(models: str | Sequence[str], dataset: Dataset) -> dict[str, bool]:
+    """The names, each with whether it has batch normalisation."""
+    names = [models] if isinstance(models, str) else list(models)
+    if not names:
+        raise ValueError("models is empty: there is nothing to train")
+    shape = (dataset.channels, dataset.num_classes, dataset.size)
+    return {name: nets.has_batchnorm(nets.build(name, *shape)) for name in names}
+
+
+def _own_sets(
+    distilled: Artefact | TrainingSet, dataset: Dataset
+) -> tuple[TrainingSet, TrainingSet | None]:
+    """The set with hard labels, and with soft ones if it has any."""
+    if not isinstance(distilled, Artefact):
+        try:
+            images, labels = distilled
+        except (TypeError, ValueError):
+            raise TypeError(
+                "distilled must be an Artefact or a pair of images and labels, "
+                f"got {type(distilled).__name__}"
+            ) from None
+        check_sets([(images, labels)], dataset)
+        if labels.is_floating_point():
+            raise TypeError("labels must be int64 classes; soft labels go with an Artefact")
+        return (images, labels), None
+    if distilled.class_names != dataset.class_names:
+        raise ValueError(
+            f"the artefact's classes are {_some(distilled.class_names)}, those of {dataset.name} "
+            f"are {_some(dataset.class_names)}: the labels would mean something else"
+        )
+    if (distilled.channels, distilled.size) != (dataset.channels, dataset.size):
+        raise ValueError(
+            f"the artefact's images are {_shape(distilled)}, those of {dataset.name} are "
+            f"{_shape(dataset)}"
+        )
+    images = distilled.normalised(dataset.mean, dataset.std)
+    soft = distilled.soft_labels
+    return (images, distilled.labels), None if soft is None else (images, soft)
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def _shape(images: Artefact | Dataset) -> str:
+    return f"{images.channels}x{images.size[0]}x{images.size[1]}"
+
+
+def _parts(
+    hard: TrainingSet,
+    soft: TrainingSet | None,
+    others: list[TrainingSet],
+    dataset: Dataset,
+    chosen: Protocol,
+    seed: int,
+    baselines: bool,
+) -> list[_Part]:
+    rows = {"distilled": slice(0, 1)}
+    if others:
+        rows["random selection"] = slice(1, None)
+    parts = [_Part(rows, [hard, *others], chosen, seed)]
+    if soft is not None:
+        parts.insert(0, _Part({"distilled, soft labels": slice(0, 1)}, [soft], chosen, seed))
+    if baselines:
+        full = (dataset.train_images, dataset.train_labels)
+        matched = steps_matched(chosen, len(hard[0]), len(full[0]))
+        full_seed = seed_of(seed, "evaluate: full data")
+        parts.append(_Part({"full data": slice(0, 1)}, [full], matched, full_seed))
+    return parts
+
+
+def _rows(
+    part: _Part,
+    model: str,
+    dataset: Dataset,
+    num_eval: int,
+    device: torch.device,
+    advance: Callable[[int], None],
+) -> list[Row]:
+    """Train and test the networks of one part."""
+    began = time.monotonic()
+    trained = train_networks(
+        part.sets,
+        model,
+        dataset,
+        part.protocol,
+        num_eval,
+        part.seed,
+        device=device,
+        on_progress=lambda networks: advance(networks * part.images),
+    )
+    accuracies = tuple(tuple(100 * accuracy(net, dataset) for net in each) for each in trained)
+    seconds = time.monotonic() - began
+    rows = []
+    for name, which in part.rows.items():
+        mine = accuracies[which]
+        rows.append(
+            Row(
+                name=name,
+                model=model,
+                protocol=part.protocol,
+                images=part.images,
+                ipc=part.images / dataset.num_classes,
+                ratio=part.images / len(dataset.train_labels),
+                accuracies=mine,
+                seconds=seconds * len(mine) / len(accuracies),
+                peak_memory=peak_memory(device),
+            )
+        )
+    return rows
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return torch.device(device)
+
+
+@contextlib.contextmanager
+def _bar(total: int, title: str, progress: bool) -> Iterator[Callable[[int], None]]:
+    """A progress bar over training images; what it yields may be called from any thread."""
+    lock = threading.Lock()
+    bar = tqdm(
+        total=total,
+        desc=title,
+        unit="image",
+        unit_scale=True,
+        disable=not progress,
+        mininterval=0.5 if sys.stderr.isatty() else 30,
+        dynamic_ncols=True,
+    )
+
+    def advance(images: int) -> None:
+        with lock:
+            bar.update(images)
+
+    try:
+        yield advance
+    finally:
+        bar.close()

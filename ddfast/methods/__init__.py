@@ -1,0 +1,79 @@
+"""The methods: one file each, with its settings (`Config`) and what it does per iteration (`step`).
+
+A method is a module with `TITLE`, `MATCHES`, `Config`, `check(run)`, which refuses what cannot work
+before the first step, and `step(run)`, which changes the synthetic set and returns the loss of each
+class. Everything else (data, checkpoints, logging, evaluation) is shared; see `ddfast.distill`.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ddfast.methods import dc, dm, dsa
+from ddfast.methods.config import Config, as_json, resolve
+from ddfast.methods.run import Diverged, Interrupted, Run, start
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method and what there is to know about it.
+
+    Attributes:
+        name: as on the command line.
+        title: of the paper, with authors, venue and year.
+        matches: the statistic that is matched.
+        status: how far it has been verified.
+        config: the class of its settings.
+        check, step: see the module's docstring.
+    """
+
+    name: str
+    title: str
+    matches: str
+    status: str
+    config: type[Config]
+    check: Callable[[Run], None]
+    step: Callable[[Run], Tensor]
+
+
+def methods() -> dict[str, Method]:
+    """Every method by its name."""
+    verified = "verified step by step against a literal loop"
+    return {
+        name: Method(
+            name, module.TITLE, module.MATCHES, verified, module.Config, module.check, module.step
+        )
+        for name, module in (("dm", dm), ("dc", dc), ("dsa", dsa))
+    }
+
+
+def find(name: str) -> Method:
+    """The method of that name, in any case.
+
+    Raises:
+        ValueError: there is none; the message lists them.
+    """
+    known = methods()
+    if isinstance(name, str) and name.lower() in known:
+        return known[name.lower()]
+    near = difflib.get_close_matches(str(name).lower(), known, n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    raise ValueError(f"method: got {name!r}{hint}, expected one of {', '.join(known)}")
+
+
+__all__ = [
+    "Config",
+    "Diverged",
+    "Interrupted",
+    "Method",
+    "Run",
+    "as_json",
+    "find",
+    "methods",
+    "resolve",
+    "start",
+]

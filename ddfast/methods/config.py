@@ -1,0 +1,174 @@
+"""The settings that every method shares, and how those left out get their published values."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import MISSING, dataclass
+from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from ddfast.data import Dataset, canonical_name, names
+
+C = TypeVar("C", bound="Config")
+
+
+def setting(
+    help: str,
+    default: Any = None,
+    *,
+    aliases: tuple[str, ...] = (),
+    group: str = "method",
+    least: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    identity: bool = True,
+) -> Any:
+    """A field of a config: its line of help, other names of its flag, and the range it must lie in.
+
+    Args:
+        default: None stands for the published value for the data set and ipc.
+        group: the heading of the help under which it is listed.
+        least, above, below: bounds, `least` included, the two others not.
+        identity: whether two runs that differ in it are different runs.
+    """
+    metadata = {
+        "help": help,
+        "aliases": aliases,
+        "group": group,
+        "least": least,
+        "above": above,
+        "below": below,
+        "identity": identity,
+    }
+    if isinstance(default, dict):
+        return dataclasses.field(default_factory=lambda: dict(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Settings of a distillation run.
+
+    A method's config adds its own fields and says in `published` what it uses where a field is left
+    out (None). The names are those of the official scripts' flags. `resolve` fills them all in.
+
+    Raises:
+        TypeError, ValueError: a value of the wrong type or out of range; the message names it.
+    """
+
+    dataset: str = setting("name of the data set, such as digits or CIFAR10", group="task")
+    data_path: str = setting("folder that holds its files", group="task", identity=False)
+    data_options: dict[str, Any] = setting(  # noqa: RUF009 a field, with a factory
+        'options of its reader, such as {"classes": 5}', {}, group="task"
+    )
+    ipc: int = setting("synthetic images per class", MISSING, group="task", least=1)
+    seed: int = setting("every random number of the run follows from it", 0, group="task")
+    model: str = setting(
+        "network to match on (published: ConvNet, one block more for each doubling beyond 32 px)"
+    )
+    iterations: int = setting(
+        "steps of the run, each with a fresh network (published: the official Iteration + 1)",
+        aliases=("Iteration",),
+        least=1,
+    )
+    batch_real: int = setting("real images per class and step", 256, least=1)
+    init: Literal["real", "noise"] = setting(
+        "what the synthetic images start from: real or noise", aliases=("pix_init",)
+    )
+    lr_img: float = setting("learning rate of the synthetic images", above=0)
+    momentum: float = setting("momentum of the synthetic images", 0.5, least=0, below=1)
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                value = _checked(field.name, value, hints[field.name], field.metadata)
+                object.__setattr__(self, field.name, value)
+            elif field.default is MISSING or field.default is not None:
+                raise TypeError(f"{field.name}: got None, expected {_expected(hints[field.name])}")
+
+    def published(self, dataset: Dataset) -> Mapping[str, Any]:
+        """The value of every field that may be left out, for this data set and `self.ipc`."""
+        return {"model": _convnet(dataset.size)}
+
+
+def resolve(config: C, dataset: Dataset) -> C:
+    """The config with every field that was left out set to its published value.
+
+    Raises:
+        ValueError: the config names another data set.
+    """
+    known = dataset.name in names()  # others carry names of their own, such as a folder's
+    if config.dataset is not None and known and canonical_name(config.dataset) != dataset.name:
+        raise ValueError(
+            f"dataset: the config says {config.dataset!r}, the data set given is {dataset.name!r}"
+        )
+    published = {"dataset": dataset.name, **config.published(dataset)}
+    missing = {name: value for name, value in published.items() if getattr(config, name) is None}
+    if known:
+        missing["dataset"] = dataset.name
+    return dataclasses.replace(config, **missing)
+
+
+def dsa_strategy(dataset: Dataset) -> str:
+    """The published strategy; without flip for digits, which mirrored are something else."""
+    if dataset.name in ("MNIST", "SVHN", "digits"):
+        return "color_crop_cutout_scale_rotate"
+    return "color_crop_cutout_flip_scale_rotate"
+
+
+def as_json(config: Config) -> dict[str, Any]:
+    """The fields as plain values that survive a round trip through JSON."""
+    return {
+        field.name: getattr(config, field.name)
+        for field in dataclasses.fields(config)
+        if field.metadata["identity"]
+    }
+
+
+def _convnet(size: tuple[int, int]) -> str:
+    """ConvNet with as many blocks as leave planes of 4 to 7 pixels: 3 at 28 and 32, 4 at 64."""
+    depth = max(1, min(size).bit_length() - 3) if min(size) != 28 else 3
+    return "ConvNet" if depth == 3 else f"ConvNetD{depth}"
+
+
+def _expected(hint: Any) -> str:
+    if get_origin(hint) is Literal:
+        return " or ".join(repr(choice) for choice in get_args(hint))
+    name = getattr(get_origin(hint) or hint, "__name__", str(hint))
+    return {"int": "an integer", "float": "a number", "str": "a string", "dict": "a mapping"}.get(
+        name, name
+    )
+
+
+def _checked(name: str, value: Any, hint: Any, bounds: Mapping[str, Any]) -> Any:
+    """The value in the field's type, or the error that says what is wrong with it."""
+    kind = get_origin(hint) or hint
+    if kind is Literal:
+        if value not in get_args(hint):
+            raise ValueError(f"{name}: got {value!r}, expected {_expected(hint)}")
+        return value
+    if kind is dict:
+        try:
+            return json.loads(json.dumps(dict(value)))
+        except (TypeError, ValueError):
+            raise TypeError(f"{name}: got {value!r}, expected a mapping of plain values") from None
+    accepted = (int, float) if kind is float else kind
+    if isinstance(value, bool) or not isinstance(value, accepted):
+        raise TypeError(f"{name}: got {value!r}, expected {_expected(hint)}")
+    if kind is float:
+        value = float(value)
+    if kind in (int, float):
+        if not math.isfinite(value):
+            raise ValueError(f"{name}: got {value}, expected a finite number")
+        for bound, holds, words in (
+            ("least", lambda limit: value >= limit, "at least"),
+            ("above", lambda limit: value > limit, "more than"),
+            ("below", lambda limit: value < limit, "less than"),
+        ):
+            if bounds[bound] is not None and not holds(bounds[bound]):
+                raise ValueError(f"{name}: got {value}, expected {words} {bounds[bound]}")
+    return value

@@ -1,0 +1,178 @@
+"""DC: matching the weight gradients of real and synthetic images while a network learns.
+
+Zhao, Mopuri and Bilen, Dataset Condensation with Gradient Matching, ICLR 2021 (arXiv 2006.05929).
+Per iteration a fresh network theta goes through `outer_loop` image updates, each on
+
+    L = sum_c D( grad_theta CE(x of class c), grad_theta CE(s of class c) )
+
+with real images x and all synthetic images s of the class, D a sum over output units of 1 - cosine.
+Between two image updates theta is trained on the synthetic set for `inner_loop` epochs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from ddfast.data import Dataset
+from ddfast.losses import gradient_distance
+from ddfast.methods.config import Config as Shared
+from ddfast.methods.config import setting
+from ddfast.methods.memory import FIRST_ORDER, SECOND_ORDER
+from ddfast.methods.run import Interrupted, Run
+from ddfast.nets import Network, has_batchnorm
+
+TITLE = "Dataset Condensation with Gradient Matching (Zhao, Mopuri and Bilen, ICLR 2021)"
+MATCHES = "weight gradients of each class, in networks trained on the synthetic set"
+
+LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
+"""ipc: (outer_loop, inner_loop) as published."""
+
+METRICS = {"ours": "row_cosine", "cos": "cosine", "mse": "mse"}
+
+BATCHNORM_IMAGES = 16  # real images of each class that set the running statistics
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Shared):
+    """Settings of DC, by default those of the paper and its code."""
+
+    dis_metric: Literal["ours", "cos", "mse"] = setting(
+        "distance of gradients: ours (cosine per output unit), cos (one cosine) or mse", "ours"
+    )
+    outer_loop: int = setting("image updates per network (published: ipc)", least=1)
+    inner_loop: int = setting(
+        "epochs of network training between two image updates (published: 500 / ipc, about)",
+        least=0,
+    )
+    lr_net: float = setting("learning rate of the network training", 0.01, above=0)
+    batch_train: int = setting("batch size of the network training", 256, least=1)
+
+    def published(self, dataset: Dataset) -> Mapping[str, Any]:
+        """1001 iterations from noise, lr_img 0.1 (0.01 for MLP), loops by ipc.
+
+        An ipc without published loops has outer_loop = ipc and inner_loop = 500 // ipc, at least 1,
+        which meets the published 10, 20 and 50.
+        """
+        outer, inner = LOOPS.get(self.ipc, (self.ipc, max(1, 500 // self.ipc)))
+        return {
+            **super().published(dataset),
+            "iterations": 1001,
+            "init": "noise",
+            "lr_img": 0.01 if self.model == "MLP" else 0.1,
+            "outer_loop": outer,
+            "inner_loop": inner,
+        }
+
+
+def check(run: Run) -> None:
+    """Refuse what cannot work before the first step.
+
+    Raises:
+        ValueError: the synthetic images of one class do not fit into the memory.
+    """
+    fit = run.at_once(SECOND_ORDER)
+    if fit < run.config.ipc:
+        raise ValueError(
+            f"memory: the budget of {run.memory} bytes holds the graph of {fit} images, and the "
+            f"{run.config.ipc} of one class must fit"
+        )
+
+
+def step(run: Run) -> Tensor:
+    """`outer_loop` updates of the images. Returns each class's mean distance, (num_classes,)."""
+    config = run.config
+    assert isinstance(config, Config)
+    net = run.fresh_net()
+    optimiser = torch.optim.SGD(net.parameters(), lr=config.lr_net)
+    total = run.images.new_zeros(run.sampler.num_classes)
+    for outer in range(config.outer_loop):
+        if has_batchnorm(net):
+            _freeze_statistics(run, net, outer)
+        gradient, losses = match(run, net, outer)
+        run.update(gradient, losses, f", image update {outer + 1} of {config.outer_loop}")
+        total += losses
+        if outer + 1 < config.outer_loop:
+            train(run, net, optimiser, outer)
+    return total / config.outer_loop
+
+
+def match(run: Run, net: Network, outer: int) -> tuple[Tensor, Tensor]:
+    """The distances of all classes, (num_classes,), and their gradient, in the images' shape."""
+    config = run.config
+    assert isinstance(config, Config)
+    metric = METRICS[config.dis_metric]
+    # Biases and norm layers do not count in row_cosine: their gradients need not be computed.
+    weights = [p for p in net.parameters() if metric != "row_cosine" or p.dim() >= 2]
+    most = run.at_once(FIRST_ORDER)
+    indices, counts = run.sampler.sample_all(config.batch_real, run.generator("real images", outer))
+    gradient = torch.empty_like(run.images)
+    losses = []
+    for c, positions in enumerate(indices.split(counts)):
+        draw = run.augment.draw(run.generator("augmentation", outer, c), run.dataset.size)
+        real: list[Tensor] = []
+        for piece in positions.split(most):
+            share = len(piece) / len(positions)
+            loss = share * _loss(net, run.augment(run.real(piece), draw), c)
+            part = torch.autograd.grad(loss, weights)
+            real = [a + b for a, b in zip(real, part, strict=True)] if real else list(part)
+        # A leaf of its own: the graph of a slice would write and add zeros for all other classes.
+        here = run.of_classes(c, c + 1)
+        images = run.images.detach()[here].requires_grad_()
+        loss = _loss(net, run.augment(images, draw), c)
+        syn = torch.autograd.grad(loss, weights, create_graph=True)
+        distance = gradient_distance(syn, real, metric)
+        # Only with respect to the images: the networks' weights are not to be learned here.
+        gradient[here] = torch.autograd.grad(distance, images)[0]
+        losses.append(distance.detach())
+        if run.stop:
+            raise Interrupted
+    run.processed += len(indices) + len(run.images)
+    return gradient, torch.stack(losses)
+
+
+def train(run: Run, net: Network, optimiser: torch.optim.Optimizer, outer: int) -> None:
+    """`inner_loop` epochs on the synthetic set, each image augmented on its own if at all."""
+    config = run.config
+    assert isinstance(config, Config)
+    net.train()
+    images = run.images.detach()
+    random = run.generator("network training", outer)
+    for _ in range(config.inner_loop):
+        order = torch.randperm(len(images), generator=random).to(run.device)
+        for batch in order.split(config.batch_train):
+            draw = run.augment.draw(random, run.dataset.size, count=len(batch))
+            x = run.augment(images[batch], draw)
+            optimiser.zero_grad()
+            cross_entropy(net(x), run.labels[batch]).backward()
+            optimiser.step()
+        run.processed += len(images)
+        if run.stop:
+            raise Interrupted
+
+
+def _loss(net: Network, x: Tensor, c: int) -> Tensor:
+    """Mean cross-entropy of images of class c."""
+    return cross_entropy(net(x), torch.full((len(x),), c, device=x.device))
+
+
+def _freeze_statistics(run: Run, net: Network, outer: int) -> None:
+    """Batch normalisation as in the official code: statistics from one pass over real images.
+
+    One pass moves a tenth of the way from the initial statistics to those of the images, so that
+    after the first update they are mostly the initial ones (the official behaviour, kept).
+    """
+    indices, _ = run.sampler.sample_all(
+        BATCHNORM_IMAGES, run.generator("batch normalisation", outer)
+    )
+    net.train()
+    with torch.no_grad():
+        net(run.real(indices))
+    for module in net.modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+            module.eval()

@@ -1,0 +1,57 @@
+"""Small runs in float64, for comparison with loops written out by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from ddfast import methods
+from ddfast.data import Dataset
+from ddfast.methods import Run
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """The networks here are far too small for more."""
+    torch.set_num_threads(1)
+
+
+def _dataset(counts: list[int], channels: int = 2, size: tuple[int, int] = (8, 8)) -> Dataset:
+    random = torch.Generator().manual_seed(3)
+    labels = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+    labels = labels[torch.randperm(len(labels), generator=random)]
+    shape = (len(labels), channels, *size)
+    images = torch.randint(0, 256, shape, generator=random, dtype=torch.uint8)
+    return Dataset(
+        name="small",
+        train_images=images,
+        train_labels=labels,
+        test_images=images[:1],
+        test_labels=labels[:1],
+        class_names=tuple(f"name{c}" for c in range(len(counts))),
+        mean=(0.4, 0.6)[:channels],
+        std=(0.2, 0.3)[:channels],
+    )
+
+
+@pytest.fixture
+def make_dataset() -> Callable[..., Dataset]:
+    """A data set of noise with so many images of each class, in mixed order."""
+    return _dataset
+
+
+@pytest.fixture
+def make_run() -> Callable[..., Run]:
+    """A run in float64 at iteration 0."""
+
+    def make(method: str, dataset: Dataset, memory: int = 1 << 30, **settings: Any) -> Run:
+        known = methods.find(method)
+        config = methods.resolve(known.config(**settings), dataset)
+        run = methods.start(config, dataset, memory, dtype=torch.float64)
+        known.check(run)
+        return run
+
+    return make
