@@ -25,7 +25,9 @@ def _check_shapes(x: Tensor, record: Tensor) -> None:
             "(N, channels, height, width)"
         )
     if (x.shape[2] + 2) * (x.shape[3] + 2) >= 2**31:
-        raise ValueError(f"x: got images of {x.shape[2]} x {x.shape[3]}, expected below 2^31 pixels")
+        raise ValueError(
+            f"x: got images of {x.shape[2]} x {x.shape[3]}, expected below 2^31 pixels"
+        )
     if record.dtype != torch.float64 or record.dim() != 2 or record.shape[1] != 4:
         raise ValueError(
             f"record: got {record.dtype} of shape {tuple(record.shape)}, expected float64 (rows, 4)"
