@@ -14,6 +14,7 @@ import argparse
 import csv
 import datetime
 import platform
+import random
 import statistics
 import subprocess
 import sys
@@ -131,11 +132,13 @@ def measure(case: Case) -> list[dict[str, object]]:
         }
     timed_names = [n for n, r in rows.items() if r["verified"] == "yes"]
     times: dict[str, list[float]] = {n: [] for n in timed_names}
+    order = random.Random(0)
     for _ in range(2):
         for n in timed_names:
             case.providers[n]()
     for _ in range(case.rounds):
-        for n in timed_names:
+        # Who comes after whom changes from round to round: a cold cache is shared by all.
+        for n in order.sample(timed_names, len(timed_names)):
             times[n].append(timed(case.providers[n], case.device, threads))
     copied = copy_bandwidth(case.bytes, case.device, threads)
     baseline = next(iter(case.providers))

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
 
 TRACEBACK = "DDFAST_TRACEBACK"
 
+REQUIRED = ("dataset", "ipc", "out")
+
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
 
 
@@ -139,16 +141,14 @@ class _Parser(ArgumentParser):
             r"got \2, expected \1",
             message,
         )
-        unknown = re.search(r"unrecognized arguments: (--\w+)", message)
+        unknown = re.search(r"(?i)unrecognized arguments: (--\w+)", message)
         if unknown:
             flags = [flag for action in self._actions for flag in action.option_strings]
             near = difflib.get_close_matches(unknown[1], flags, n=1)
             message += f" (did you mean {near[0]}?)" if near else ""
         raise ValueError(f"{message}; `{self.prog} --help` lists the flags")
 
-    def flag(
-        self, group: Any, names: Sequence[str], hint: Any, default: Any, help: str, **more: Any
-    ) -> None:
+    def flag(self, group: Any, names: Sequence[str], hint: Any, default: Any, help: str) -> None:
         """One flag, which may be left out; `default` None is not mentioned."""
         group.add_argument(
             *(f"--{name}" for name in names),
@@ -156,7 +156,6 @@ class _Parser(ArgumentParser):
             default=default,
             metavar=_metavar(hint),
             help=help + ("" if default in (None, {}) else f" (default: {default})"),
-            **more,
         )
 
 
@@ -185,6 +184,9 @@ def _distill(words: list[str]) -> None:
     method = methods.find(words[0])
     parser = _distill_parser(method)
     options = parser.parse_args(words[1:])
+    missing = [name for name in REQUIRED if options[name] is None]
+    if missing:
+        parser.error(f"required and missing: --{', --'.join(missing)}")
     names = [field.name for field in dataclasses.fields(method.config)]
     settings = {name: options[name] for name in names}
     settings["data_options"] = _plain(settings["data_options"])
@@ -236,11 +238,10 @@ def _distill_parser(method: Method) -> _Parser:
             [field.name, *field.metadata["aliases"]],
             hints[field.name],
             default,
-            field.metadata["help"],
-            required=field.name in ("dataset", "ipc"),
+            field.metadata["help"] + (" (required)" if field.name in REQUIRED else ""),
         )
     run = parser.add_argument_group("run (changes results by rounding at most)")
-    run.add_argument("--out", type=str, required=True, metavar="FOLDER", help="folder of the run")
+    parser.flag(run, ["out"], str, None, "folder of the run (required)")
     parser.flag(run, ["device"], str, None, "cpu or cuda (default: a GPU if there is one)")
     parser.flag(run, ["memory"], str, "1GiB", "what activations may take, such as 8GiB")
     parser.flag(run, ["threads"], int, None, "threads on the CPU (default: one a core)")

@@ -152,7 +152,8 @@ def spilled_bytes(ptx: str, capability: int) -> int:
     """Bytes that a kernel spills to memory, stores and loads together, by Triton's own ptxas."""
     import triton
 
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    name = "ptxas-blackwell" if capability >= 100 else "ptxas"
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     architecture = f"sm_{capability}" + ("a" if capability >= 90 else "")
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder, "kernel.ptx")

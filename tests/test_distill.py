@@ -305,6 +305,14 @@ def test_nan_in_one_class_is_named(dataset, tmp_path, monkeypatch) -> None:
     assert torch.equal(Artefact.load(tmp_path / "last_good.safetensors").images, three.images)
 
 
+def test_an_image_that_overflows_is_caught(dataset) -> None:
+    state = methods.start(methods.resolve(config(lr_img=1e20), dataset), dataset, loop.DEFAULT)
+    gradient = torch.zeros_like(state.images)
+    gradient[3, 0, 0, 0] = 1e20
+    with pytest.raises(Diverged, match=r"an image of class 1 \("):
+        state.update(gradient, torch.ones(3))
+
+
 def test_a_network_full_of_nan_is_caught(dataset, tmp_path, monkeypatch) -> None:
     initialise = loop.methods.run.nets.initialise
 

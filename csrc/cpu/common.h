@@ -100,7 +100,9 @@ template <typename A> inline A fold(A *partial) {
 // A heap array that frees itself.
 template <typename T> struct scratch {
   T *data;
-  explicit scratch(int64_t count) : data(static_cast<T *>(calloc(count > 0 ? count : 1, sizeof(T)))) {}
+  explicit scratch(int64_t count) : data(static_cast<T *>(calloc(count > 0 ? count : 1, sizeof(T)))) {
+    if (!data) abort();  // a few kilobytes: without them nothing else would go on either
+  }
   ~scratch() { free(data); }
   scratch(const scratch &) = delete;
   scratch &operator=(const scratch &) = delete;

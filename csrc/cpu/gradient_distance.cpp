@@ -12,6 +12,7 @@ namespace DDFAST_LEVEL {
 namespace {
 
 constexpr int64_t fold_every = 2048;
+template <typename T> constexpr int64_t line = 64 / int64_t(sizeof(T));  // elements of a cache line
 constexpr int64_t block_elements = 16384;  // work of one thread at a time; fits the first caches
 
 // Sums over one row or chunk: <a,b>, |a|^2, |b|^2, <u,a>, <u,b>, <w,b>, <w,a>,
@@ -68,15 +69,19 @@ double cosine_second(const moments &s, double epsilon, coefficients *c) {
 
 // Adds the sums of x.y over `length` elements to *total for `count` pairs of streams at once, in
 // float lanes that are folded into a double every `fold_every` elements.
-template <int count, typename T> void add_dots(const T *const (&x)[count], const T *const (&y)[count], int64_t length, double (&total)[count]) {
+// Meanwhile the lines of `next`, about to be written, are fetched, if it is not null.
+template <int count, typename T>
+void add_dots(const T *const (&x)[count], const T *const (&y)[count], int64_t length, double (&total)[count], T *next = nullptr) {
   using A = typename accumulator<T>::type;
   for (int64_t begin = 0; begin < length; begin += fold_every) {
     const int64_t end = begin + fold_every < length ? begin + fold_every : length;
     A sum[count][lanes] = {};
     int64_t i = begin;
-    for (; i + lanes <= end; i += lanes)
+    for (; i + lanes <= end; i += lanes) {
+      for (int64_t k = 0; next && k < lanes; k += line<T>) __builtin_prefetch(next + i + k, 1);
       for (int64_t k = 0; k < lanes; ++k)
         for (int j = 0; j < count; ++j) sum[j][k] += A(load(x[j][i + k])) * A(load(y[j][i + k]));
+    }
     for (int64_t k = 0; i + k < end; ++k)
       for (int j = 0; j < count; ++j) sum[j][k] += A(load(x[j][i + k])) * A(load(y[j][i + k]));
     for (int j = 0; j < count; ++j) total[j] += fold(sum[j]);
@@ -85,7 +90,7 @@ template <int count, typename T> void add_dots(const T *const (&x)[count], const
 
 template <typename T> moments first_moments(const segment<T> &x) {
   double total[3] = {};
-  add_dots<3, T>({x.real, x.real, x.syn}, {x.syn, x.real, x.syn}, x.length, total);
+  add_dots<3, T>({x.real, x.real, x.syn}, {x.syn, x.real, x.syn}, x.length, total, x.out_syn);
   moments s;
   s.ab = total[0];
   s.aa = total[1];
@@ -112,7 +117,16 @@ template <typename T> void combine(const segment<T> &x, T *out, double by_syn, d
   const A cb = A(by_syn * scale), ca = A(by_real * scale);
   const T *b = x.syn, *a = x.real;
   T *__restrict__ target = out;
-  for (int64_t i = 0; i < x.length; ++i) store(&target[i], cb * A(load(b[i])) + ca * A(load(a[i])));
+  int64_t i = 0;
+  for (; i + lanes <= x.length; i += lanes) {
+    // The next row, so that memory is not idle while this one is worked on in cache.
+    for (int64_t k = 0; k < lanes; k += line<T>) {
+      __builtin_prefetch(b + i + k + x.length);
+      __builtin_prefetch(a + i + k + x.length);
+    }
+    for (int64_t k = 0; k < lanes; ++k) store(&target[i + k], cb * A(load(b[i + k])) + ca * A(load(a[i + k])));
+  }
+  for (; i < x.length; ++i) store(&target[i], cb * A(load(b[i])) + ca * A(load(a[i])));
 }
 
 template <typename T>

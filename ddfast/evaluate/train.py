@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -26,14 +28,19 @@ __all__ = ["NotFinite", "TrainingSet", "accuracy", "train_networks"]
 TrainingSet = tuple[Tensor, Tensor]
 T = TypeVar("T")
 
-# Measured on two cores with 1 MiB of cache each (steps of ConvNets of widths 16 and 32, one thread,
-# milliseconds for each network). Below: 10 images of 8x8; then 100; then 256; then 10 of 3x32x32.
-#   D2W16: one by one 1.04, 5 at once 0.36, 25 at once 0.22    2.5, 2.3, 2.3    4.8, 4.6, 5.0
-#   D3W32: one by one 1.63, 5 at once 0.71, 25 at once 0.52    5.6, 4.2, 4.5    13.2, 10.6, 14.7
-#   W32 on 3x32x32: one by one 6.8, 5 at once 6.7; from 100 images on stacking loses.
-# So: stack on images of up to 16x16, as many networks as keep the largest activation under 2 MiB.
+# Milliseconds of one core with 2 MiB of cache for a training step of one network, augmentation
+# included, when it is trained one by one, and 2, 5 and 8 at once.
+#            10 images of 8x8         100 images               256 images
+#   D2W16    1.66  0.92  0.48  0.35   3.23  1.88  1.79  1.61   5.49  3.91  4.19  4.19
+#   D2W32    2.04  1.15  0.64  0.49   4.95  3.05  2.78  3.00   9.97  6.75  8.50  8.93
+#   D3W32    2.52  1.39  0.81  0.61   5.70  3.76  3.36  3.60   12.0  8.63  9.08  10.3
+#   MLP      1.01  0.55  0.30  0.24   1.33  0.85  0.53  0.47   1.92  1.25  0.90  0.87
+# On images of 3x32x32 nothing is gained (W32, 10 images: 6.8 and 6.7; 100 images: 86 and 89).
+# So: stack on images of up to 16x16, as many networks as keep the largest activation under 4 MiB,
+# but not more than 8, and in two stacks at least, so that two cores have work.
 STACKED_PIXELS = 256
-STACKED_FLOATS = 1 << 19
+STACKED_FLOATS = 1 << 20
+MOST_STACKED = 8
 
 
 class NotFinite(ArithmeticError):
@@ -70,9 +77,9 @@ def train_networks(
     share out the stacks. Each network draws its weights, the order of its images and their
     augmentation from generators of its own, derived from (`seed`, purpose, number of the set,
     number of the network), so that the others change its result by rounding only (which many steps
-    amplify). Same arguments, same bits; with stacks enough for every thread, also for any number of
-    threads. The order is DataLoader's: a fresh permutation for each pass, a short last batch kept.
-    The loss is mean cross-entropy.
+    amplify). Same arguments, same bits; for stacked networks with any number of threads. The order
+    is DataLoader's: a fresh permutation for each pass, a short last batch kept. The loss is mean
+    cross-entropy.
 
     While it runs, torch's number of threads is changed for the whole process.
 
@@ -86,8 +93,8 @@ def train_networks(
         seed: of all random numbers.
         device: where to train.
         dtype: of weights and images.
-        at_once: networks to stack; None for the rule above, 1 for one by one. Networks that cannot
-            be stacked (see `ddfast.evaluate.stacked.can_stack`) go one by one in any case.
+        at_once: networks to stack at most; None for a rule by size, 1 for one by one. Networks that
+            cannot be stacked (see `ddfast.evaluate.stacked.can_stack`) go one by one in any case.
         on_progress: called with the number of networks whenever they have finished an epoch, from
             any thread.
 
@@ -110,9 +117,11 @@ def train_networks(
         shape = (dataset.channels, dataset.num_classes, dataset.size)
         return nets.build(model, *shape, generator=random).to(device, dtype)
 
-    stack = _stack_size(built(members[0]), images, protocol, at_once)
-    size = max(1, stack)
-    groups = [members[start : start + size] for start in range(0, len(members), size)]
+    stack = _stack_size(built(members[0]), images, protocol, at_once, len(members))
+    # As even as can be: 5 networks in stacks of up to 4 are 3 and 2.
+    number = math.ceil(len(members) / max(1, stack))
+    cuts = [len(members) * place // number for place in range(number + 1)]
+    groups = [members[start:end] for start, end in itertools.pairwise(cuts)]
     stop = threading.Event()
 
     def job(group: list[_Member]) -> list[nets.Network]:
@@ -129,7 +138,11 @@ def train_networks(
             on_progress,
         )
 
-    found = _shared_out(job, groups, stop, 1 if device.type != "cpu" else torch.get_num_threads())
+    # Two threads with a stack each are twice as fast as one; two threads inside each operation on
+    # these small tensors gain a fifth at best, and many times slower when the cores are busy.
+    cores = torch.get_num_threads()
+    workers = min(cores, len(groups)) if device.type == "cpu" else 1
+    found = _shared_out(job, groups, stop, workers, 1 if stack else cores // workers)
     trained = [net for group in found for net in group]
     return [trained[start : start + count] for start in range(0, len(trained), count)]
 
@@ -223,8 +236,10 @@ def _joined(
     return stacked([ready(images) for images, _ in sets]), targets
 
 
-def _stack_size(net: nets.Network, images: Tensor, protocol: Protocol, at_once: int | None) -> int:
-    """How many networks to train at once; 0 for one by one, as they are."""
+def _stack_size(
+    net: nets.Network, images: Tensor, protocol: Protocol, at_once: int | None, networks: int
+) -> int:
+    """How many networks to train at once at most; 0 for one by one, as they are."""
     if at_once is not None and (isinstance(at_once, bool) or at_once < 1):
         raise ValueError(f"at_once must be at least 1, got {at_once!r}")
     if not can_stack(net) or at_once == 1:
@@ -245,27 +260,22 @@ def _stack_size(net: nets.Network, images: Tensor, protocol: Protocol, at_once: 
         net(parameter.new_zeros(1, *images.shape[2:]))
     for hook in hooks:
         hook.remove()
-    return max(1, STACKED_FLOATS // (min(protocol.batch, images.shape[1]) * largest))
+    fitting = STACKED_FLOATS // (min(protocol.batch, images.shape[1]) * largest)
+    return max(1, min(fitting, MOST_STACKED, math.ceil(networks / 2)))
 
 
 def _shared_out(
     job: Callable[[list[_Member]], T],
     groups: list[list[_Member]],
     stop: threading.Event,
+    workers: int,
     threads: int,
 ) -> list[T]:
-    """Do the job for every group, in as many threads as there are cores for.
-
-    Two threads with a stack each are twice as fast as one; two threads inside each operation on
-    these small tensors gain a fifth, and results would depend on how many there are.
-    """
-    workers = min(threads, len(groups))
-    if workers <= 1:
-        with torch.enable_grad():
-            return [job(group) for group in groups]
-    each = threads // workers
+    """Do the job for every group, in several threads, each with `threads` threads of torch's."""
+    before = torch.get_num_threads()
     try:
-        with ThreadPoolExecutor(workers, "ddfast", torch.set_num_threads, (each,)) as pool:
+        # One worker, too, is a thread of its own: grad mode and number of threads are its own.
+        with ThreadPoolExecutor(workers, "ddfast", torch.set_num_threads, (threads,)) as pool:
             futures = [pool.submit(job, group) for group in groups]
             try:
                 wait(futures, return_when=FIRST_EXCEPTION)
@@ -278,7 +288,7 @@ def _shared_out(
                 future.result()
         return [future.result() for future in futures]
     finally:
-        torch.set_num_threads(threads)
+        torch.set_num_threads(before)
 
 
 def _train(

@@ -42,12 +42,13 @@ class Config(Shared):
         """20001 iterations, real images to start from, lr_img 1 up to ipc 50 and 10 above.
 
         The published lr_img are those of CIFAR-10; CIFAR-100 has 1 for all its ipc. Other data sets
-        follow CIFAR-10.
+        follow CIFAR-10. For digits 500 iterations: on a split of their training images more gained
+        less than a standard deviation.
         """
         large = self.ipc > 50 and dataset.name != "CIFAR100"
         return {
             **super().published(dataset),
-            "iterations": 20001,
+            "iterations": 500 if dataset.name == "digits" else 20001,
             "init": "real",
             "lr_img": 10.0 if large else 1.0,
             "dsa_strategy": dsa_strategy(dataset),

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 
 from ddfast import nets
@@ -106,6 +108,18 @@ def test_chunks_change_nothing_beyond_rounding(make_dataset, make_run, images_at
     torch.testing.assert_close(run.images, whole.images, rtol=1e-10, atol=1e-12)
     assert max(sizes) <= run.memory / (FORWARD * each)
     assert len(sizes) > 6  # more than one real and one synthetic pass per iteration
+
+
+@given(st.lists(st.integers(1, 6), min_size=1, max_size=7), st.integers(1, 9))
+def test_pieces_cover_every_image_once_with_its_class(counts: list[int], most: int) -> None:
+    classes = [c for c, count in enumerate(counts) for _ in range(count)]
+    covered = []
+    for piece, first, within in dm._pieces(counts, most):
+        assert 0 < sum(within) == piece.stop - piece.start <= most
+        assert min(within) > 0
+        assert piece.start == len(covered)
+        covered += [first + c for c, count in enumerate(within) for _ in range(count)]
+    assert covered == classes
 
 
 def test_both_sides_see_the_same_augmentation(make_dataset, make_run) -> None:

@@ -133,6 +133,23 @@ def test_operations_are_the_official_ones(backend, align_corners, shape):
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_every_shift_and_every_square(backend):
+    """All that crop and cutout can draw, and more, on a small image."""
+    x = images((1, 1, 5, 4))
+    rows = [(CROP, i, j, 0) for i in range(-6, 7) for j in range(-5, 6)]
+    rows += [
+        (CUTOUT, i, j, ratio)
+        for i in range(-1, 7)
+        for j in range(-1, 6)
+        for ratio in (0.2, 0.5, 0.75, 1.0)
+    ]
+    with ddfast.use_backend(backend):
+        found = augment(x.expand(len(rows), 1, 5, 4), record(*rows), False, True)
+    for image, row in zip(found, rows, strict=True):
+        assert torch.equal(image, literal(x, row)[0]), row
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_adjoint_is_the_gradient_of_the_official_operation(backend):
     for shape in SHAPES:
         x, g = images(shape).requires_grad_(), images(shape, 1)
