@@ -37,10 +37,11 @@ sanitize: .venv/installed
 	rm -f build/sanitize/ddfast/_C*
 	cd build/sanitize && CXXFLAGS="$(SANITIZE) -g -O1" LDFLAGS="$(SANITIZE)" \
 	  ../../$(BIN)/python -m pip install --quiet --no-deps --target site .
-	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
-	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 DDFAST_SANITIZED=1 \
-	  PYTHONPATH=$(CURDIR)/build/sanitize/site \
-	  $(BIN)/pytest -q -p no:cacheprovider tests/ops -k "not triton and not compile and not inductor"
+	export LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
+	  ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+	  PYTHONPATH=$(CURDIR)/build/sanitize/site; \
+	$(BIN)/python -P -c "from ddfast import _C; assert 'sanitize' in _C.__file__, _C.__file__" && \
+	$(BIN)/pytest -q -p no:cacheprovider tests/ops -k "not triton and not compile and not inductor"
 
 # Needs a Python that already has torch, triton, pytest, pybind11 and ninja; fetches nothing.
 GPU := gpu-results

@@ -30,7 +30,7 @@ def test_benchmark_table_is_that_of_the_results():
 
 
 def test_linked_files_exist():
-    links = re.findall(r"\]\((?!http)([^)#]+)\)", README)
+    links = re.findall(r'(?:\]\(|src=")(?!http)([^)#"]+)', README)
     assert links
     for link in links:
         assert (ROOT / link).exists(), link

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from ddfast import backend
 from ddfast.ops import memory
-from ddfast.ops.gradient_distance import TYPES
-from ddfast.ops.registry import declare, derivative
+from ddfast.ops.registry import TYPES, declare, derivative
 from ddfast.reference import augment as reference
 
 

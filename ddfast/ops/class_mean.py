@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from ddfast import backend
-from ddfast.ops.gradient_distance import TYPES
-from ddfast.ops.registry import declare, derivative
+from ddfast.ops.registry import TYPES, declare, derivative
 from ddfast.reference import class_mean as reference
 from ddfast.reference.gradient_distance import accumulator
 

@@ -15,11 +15,9 @@ from torch import Tensor
 
 from ddfast import backend
 from ddfast.ops.memory import empty_like
-from ddfast.ops.registry import declare, derivative, end_of_chain
+from ddfast.ops.registry import TYPES, declare, derivative, end_of_chain
 from ddfast.reference import gradient_distance as reference
 from ddfast.reference.gradient_distance import METRICS, accumulator, has_rows
-
-TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 def _classes(tensors: Sequence[Tensor], batched: bool) -> int:

@@ -18,6 +18,9 @@ from ddfast import backend
 
 library = torch.library.Library("ddfast", "DEF")
 
+#: Element types as the compiled kernels number them (csrc/cpu/kernels.h).
+TYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
+
 
 def tensors_in(arguments: Iterable[Any]) -> Iterator[Tensor]:
     """The tensors among an operator's arguments, lists included."""
