@@ -62,7 +62,7 @@ def case(name: str, network: str, size: int, classes: int, options: argparse.Nam
         return [t.to(options.device) for t in tensors]
 
     syn, real = drawn(), drawn()
-    leaves = [t.clone().requires_grad_() for t in syn]
+    leaves = [t.detach().requires_grad_() for t in syn]  # the same memory: as warm or cold
 
     def by_class(value: Tensor, gradient: list[Tensor]) -> tuple[Tensor, ...]:
         return (value.sum(), *(t[c] for c in range(classes) for t in gradient if t.dim() > 2))
