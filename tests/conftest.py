@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import random
 
+import numpy
 import torch
 
 HAS_GPU = torch.cuda.is_available()
@@ -44,14 +46,16 @@ def triton_device() -> str:
 
 @pytest.fixture(autouse=True)
 def global_random_state_is_untouched(request: pytest.FixtureRequest):
-    """Operators and runs neither read nor write torch's global generator."""
+    """Operators and runs neither read nor write torch's, NumPy's or Python's global generator."""
     torch.manual_seed(20_061)
     before = torch.random.get_rng_state()
+    numpy_before, python_before = numpy.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
     yield
     if request.node.get_closest_marker("uses_global_random_state") is None:
-        assert torch.equal(before, torch.random.get_rng_state()), (
-            "the global generator was used; draw from a torch.Generator"
-        )
+        message = "the global generator was used; draw from a torch.Generator"
+        assert torch.equal(before, torch.random.get_rng_state()), message
+        assert numpy.array_equal(numpy_before, numpy.random.get_state()[1]), message  # noqa: NPY002
+        assert random.getstate() == python_before, message
 
 
 @pytest.fixture(autouse=True)

@@ -15,7 +15,7 @@ C = TypeVar("C", bound="Config")
 
 DIGITS_MODEL = "ConvNetD2W32"
 """For scikit-learn's 8x8 digits, which no paper has. Chosen on a split of their training images:
-about as accurate as width 128, and a whole comparison takes a minute or two on two cores."""
+about as accurate as width 64, and a whole comparison takes a minute or two on two cores."""
 
 
 def setting(

@@ -1,22 +1,9 @@
 from __future__ import annotations
 
-import random
-
-import numpy as np
 import pytest
 import torch
 
 from ddfast.data import Dataset
-
-
-@pytest.fixture(autouse=True)
-def global_random_state_is_left_alone():
-    """Holds for every test of the folder: neither torch's, NumPy's nor Python's state moves."""
-    before = torch.random.get_rng_state(), np.random.get_state()[1].copy(), random.getstate()  # noqa: NPY002
-    yield
-    assert torch.equal(torch.random.get_rng_state(), before[0])
-    assert np.array_equal(np.random.get_state()[1], before[1])  # noqa: NPY002
-    assert random.getstate() == before[2]
 
 
 @pytest.fixture
