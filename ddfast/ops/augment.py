@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddfast import backend
 from ddfast.ops import memory
 from ddfast.ops.registry import TYPES, declare, derivative
 from ddfast.reference import augment as reference
@@ -91,10 +90,7 @@ def _cpu(compiled: Any, x: Tensor, record: Tensor, align_corners: bool, offset: 
     return _run_compiled(compiled, x, record, align_corners, offset, False)
 
 
-def _cuda(x: Tensor, record: Tensor, align_corners: bool, offset: bool) -> Any:
-    kernels = backend.triton_kernels("augment")
-    if kernels is None:
-        return NotImplemented
+def _cuda(kernels: Any, x: Tensor, record: Tensor, align_corners: bool, offset: bool) -> Any:
     _check_shapes(x, record)
     check_record(record)
     return kernels.augment(x, record, align_corners, offset)
@@ -111,6 +107,7 @@ augment = declare(
     cpu=_cpu,
     cuda=_cuda,
     fake=_fake,
+    kernels="augment",
 )
 
 
@@ -140,10 +137,7 @@ def _adjoint_cpu(compiled: Any, grad: Tensor, record: Tensor, align_corners: boo
     return _run_compiled(compiled, grad, record, align_corners, False, True)
 
 
-def _adjoint_cuda(grad: Tensor, record: Tensor, align_corners: bool) -> Any:
-    kernels = backend.triton_kernels("augment")
-    if kernels is None:
-        return NotImplemented
+def _adjoint_cuda(kernels: Any, grad: Tensor, record: Tensor, align_corners: bool) -> Any:
     _check_shapes(grad, record)
     check_record(record)
     return kernels.augment_adjoint(grad, record, align_corners)
@@ -160,6 +154,7 @@ augment_adjoint = declare(
     cpu=_adjoint_cpu,
     cuda=_adjoint_cuda,
     fake=_adjoint_fake,
+    kernels="augment",
 )
 
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddfast import backend
 from ddfast.ops.registry import TYPES, declare, derivative
 from ddfast.reference import class_mean as reference
 from ddfast.reference.gradient_distance import accumulator
@@ -57,9 +56,8 @@ def _sizes(out: Tensor) -> tuple[bool, int, int, int]:
     return out.dtype == torch.float64, out.shape[0], out.shape[1], out.data_ptr()
 
 
-def _mean_cuda(x: Tensor, counts: list[int]) -> Any:
-    kernels = backend.triton_kernels("class_mean")
-    return NotImplemented if kernels is None else kernels.class_mean(x, counts)
+def _mean_cuda(kernels: Any, x: Tensor, counts: list[int]) -> Any:
+    return kernels.class_mean(x, counts)
 
 
 def _mean_fake(x: Tensor, counts: list[int]) -> Tensor:
@@ -72,6 +70,7 @@ class_mean = declare(
     cpu=_mean_cpu,
     cuda=_mean_cuda,
     fake=_mean_fake,
+    kernels="class_mean",
 )
 
 
@@ -136,9 +135,8 @@ def _distance_cpu(
     return distance, difference
 
 
-def _distance_cuda(*arguments: Any) -> Any:
-    kernels = backend.triton_kernels("class_mean")
-    return NotImplemented if kernels is None else kernels.class_mean_distance(*arguments)
+def _distance_cuda(kernels: Any, *arguments: Any) -> Any:
+    return kernels.class_mean_distance(*arguments)
 
 
 def _distance_fake(
@@ -156,6 +154,7 @@ class_mean_distance = declare(
     cpu=_distance_cpu,
     cuda=_distance_cuda,
     fake=_distance_fake,
+    kernels="class_mean",
 )
 
 

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddfast import backend
 from ddfast.ops.memory import empty_like
 from ddfast.ops.registry import TYPES, declare, derivative, end_of_chain
 from ddfast.reference import gradient_distance as reference
@@ -113,9 +112,8 @@ def _cpu(
     return value, out or []
 
 
-def _cuda(*arguments: Any) -> Any:
-    kernels = backend.triton_kernels("gradient_distance")
-    return NotImplemented if kernels is None else kernels.gradient_distance(*arguments)
+def _cuda(kernels: Any, *arguments: Any) -> Any:
+    return kernels.gradient_distance(*arguments)
 
 
 def _fake(
@@ -137,6 +135,7 @@ gradient_distance = declare(
     cpu=_cpu,
     cuda=_cuda,
     fake=_fake,
+    kernels="gradient_distance",
 )
 
 
@@ -225,9 +224,8 @@ def _bwd_cpu(
     return (out_syn or []) + (out_real or [])
 
 
-def _bwd_cuda(*arguments: Any) -> Any:
-    kernels = backend.triton_kernels("gradient_distance")
-    return NotImplemented if kernels is None else kernels.gradient_distance_bwd(*arguments)
+def _bwd_cuda(kernels: Any, *arguments: Any) -> Any:
+    return kernels.gradient_distance_bwd(*arguments)
 
 
 def _bwd_fake(
@@ -250,6 +248,7 @@ gradient_distance_bwd = declare(
     cpu=_bwd_cpu,
     cuda=_bwd_cuda,
     fake=_bwd_fake,
+    kernels="gradient_distance",
 )
 
 
@@ -316,9 +315,8 @@ def _bwd_bwd_cpu(
     return [by_grad, *out_syn, *out_real]
 
 
-def _bwd_bwd_cuda(*arguments: Any) -> Any:
-    kernels = backend.triton_kernels("gradient_distance")
-    return NotImplemented if kernels is None else kernels.gradient_distance_bwd_bwd(*arguments)
+def _bwd_bwd_cuda(kernels: Any, *arguments: Any) -> Any:
+    return kernels.gradient_distance_bwd_bwd(*arguments)
 
 
 def _bwd_bwd_fake(
@@ -341,6 +339,7 @@ gradient_distance_bwd_bwd = declare(
     cpu=_bwd_bwd_cpu,
     cuda=_bwd_bwd_cuda,
     fake=_bwd_bwd_fake,
+    kernels="gradient_distance",
 )
 
 end_of_chain(

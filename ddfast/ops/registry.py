@@ -65,6 +65,7 @@ def declare(
     cpu: Callable[..., Any] | None,
     cuda: Callable[..., Any] | None,
     fake: Callable[..., Any],
+    kernels: str = "",
 ) -> Any:
     """Declare one operator and return it.
 
@@ -72,8 +73,9 @@ def declare(
         schema: "name(arguments) -> results", all results new tensors.
         reference: plain torch, answers on every device without an implementation of its own.
         cpu: called as cpu(compiled_module, *arguments); None: the reference.
-        cuda: called with the arguments; returns NotImplemented where Triton is missing.
+        cuda: called as cuda(triton_kernels, *arguments); None: the reference.
         fake: the results' shapes and dtypes.
+        kernels: the module of ddfast.kernels that `cuda` is called with.
     """
     name = schema.split("(")[0]
 
@@ -86,12 +88,14 @@ def declare(
 
     def on_cuda(*arguments: Any) -> Any:
         refuse_forward_mode(name, arguments)
-        if cuda is None or backend.reference_forced():
+        triton = None
+        if cuda is not None and not backend.reference_forced():
+            triton = backend.triton_kernels(kernels)
+        if cuda is None or triton is None:
             return reference(*arguments)
         # Triton launches on the current device, which need not be the tensors'.
         with torch.cuda.device(next(tensors_in(arguments)).device):
-            results = cuda(*arguments)
-        return reference(*arguments) if results is NotImplemented else results
+            return cuda(triton, *arguments)
 
     def elsewhere(*arguments: Any) -> Any:
         refuse_forward_mode(name, arguments)

@@ -1,0 +1,64 @@
+"""What is registered for CUDA tensors, called without a GPU: it must hand over to Triton."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+# In a process of its own, because what `declare` registers is caught while ddfast is imported.
+CODE = """
+import os
+os.environ["TRITON_INTERPRET"] = "1"
+import contextlib
+import torch
+
+registered = {}
+implement = torch.library.Library.impl
+
+def caught(self, name, function, key="", **options):
+    registered[name, key] = function
+    return implement(self, name, function, key, **options)
+
+torch.library.Library.impl = caught
+import ddfast
+from ddfast import backend
+from ddfast.testing import flatten
+
+torch.cuda.device = lambda device: contextlib.nullcontext()
+asked = []
+find = backend.triton_kernels
+backend.triton_kernels = lambda module: (asked.append(module), find(module))[1]
+
+syn, real = ([torch.linspace(-1, top, 12).reshape(3, 4)] for top in (1, 2))
+grad, images = torch.ones(1), torch.linspace(-1, 1, 150).reshape(2, 3, 5, 5)
+draw = torch.tensor([[1.0, 1.0, 1.0, 0.0]], dtype=torch.float64)  # crop
+common = (syn, real, "row_cosine", 1e-6, False)
+calls = {
+    "gradient_distance": (*common, True),
+    "gradient_distance_bwd": (grad, *common, True, True),
+    "gradient_distance_bwd_bwd": (syn, real, grad, *common),
+    "class_mean": (syn[0], [2, 1]),
+    "class_mean_distance": (syn[0], real[0], [2, 1], [1, 2]),
+    "augment": (images, draw, False, True),
+    "augment_adjoint": (images, draw, False),
+}
+for name, arguments in calls.items():
+    on_cuda, on_cpu = (flatten(registered[name, key](*arguments)) for key in ("CUDA", "CPU"))
+    torch.testing.assert_close(on_cuda, on_cpu, rtol=1e-5, atol=1e-6)
+assert len(asked) == len(calls), asked
+with ddfast.use_backend("reference"):
+    registered["augment", "CUDA"](*calls["augment"])
+assert len(asked) == len(calls), "the reference was forced, yet Triton was asked"
+rest = {name for name, key in registered if key == "CUDA"} - set(calls)
+print(sorted(rest))
+"""
+
+
+def test_the_cuda_key_hands_over_to_triton():
+    pytest.importorskip("triton", reason="triton is not installed")
+    done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    # Its closed form needs no kernel of its own: the reference answers.
+    assert done.stdout.split("\n")[0] == "['class_mean_bwd']"
