@@ -166,9 +166,9 @@ def test_offsets_beyond_32_bits(kernels, triton_device):
 
 def test_the_cuda_key_answers_with_these_kernels(kernels, triton_device):
     x, y = (poisoned((3, 9, 20), torch.float32, triton_device) for _ in range(2))
-    assert_same_bits(ops._mean_cuda(x, []), kernels.class_mean(x, []))
+    assert_same_bits(ops._mean_cuda(kernels, x, []), kernels.class_mean(x, []))
     assert_same_bits(
-        ops._distance_cuda(x, y, [], []), list(kernels.class_mean_distance(x, y, [], []))
+        ops._distance_cuda(kernels, x, y, [], []), list(kernels.class_mean_distance(x, y, [], []))
     )
 
 
