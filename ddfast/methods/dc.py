@@ -23,7 +23,7 @@ from ddfast.data import Dataset
 from ddfast.losses import gradient_distance
 from ddfast.methods.config import Config as Shared
 from ddfast.methods.config import setting
-from ddfast.methods.memory import FIRST_ORDER, SECOND_ORDER
+from ddfast.memory import FIRST_ORDER, SECOND_ORDER
 from ddfast.methods.run import Interrupted, Run
 from ddfast.nets import Network, has_batchnorm
 

@@ -11,7 +11,7 @@ from ddfast import nets
 from ddfast.augment import DSA
 from ddfast.data import ClassSampler, Dataset, normalise
 from ddfast.methods.config import Config
-from ddfast.methods.memory import activation_bytes, images_at_once
+from ddfast.memory import activation_bytes, images_at_once
 from ddfast.random import generator
 from ddfast.synthetic import pixels
 
@@ -38,7 +38,7 @@ class Run:
         net: the network to match on; `fresh_net` draws its weights anew.
         augment: the run's DSA; the identity for methods without.
         memory: bytes a step may use for activations.
-        activations: bytes of one image's, see `ddfast.methods.memory`.
+        activations: bytes of one image's, see `ddfast.memory`.
         iteration: number of the current step.
         processed: images passed through a network so far, for the rate that is displayed.
         stop: set to end the run at the next image update.
@@ -68,7 +68,7 @@ class Run:
         return self.images.device
 
     def at_once(self, cost: float) -> int:
-        """Images that a pass of this cost (see `ddfast.methods.memory`) may take together."""
+        """Images that a pass of this cost (see `ddfast.memory`) may take together."""
         return images_at_once(self.activations, self.memory, cost)
 
     def generator(self, purpose: str, *step: int) -> torch.Generator:

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from ddfast import nets
 from ddfast.data import normalise
 from ddfast.methods import dc, dsa
-from ddfast.methods.memory import FIRST_ORDER, SECOND_ORDER
+from ddfast.memory import FIRST_ORDER, SECOND_ORDER
 from ddfast.random import generator
 
 SETTINGS = {

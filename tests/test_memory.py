@@ -10,7 +10,7 @@ from torch.nn.functional import cross_entropy
 
 from ddfast import nets
 from ddfast.losses import gradient_distance
-from ddfast.methods.memory import (
+from ddfast.memory import (
     FIRST_ORDER,
     FORWARD,
     SECOND_ORDER,

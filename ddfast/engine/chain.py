@@ -1,0 +1,106 @@
+"""A ConvNet as a chain of fused steps, and how many of its images fit where."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ddfast.nets.convnet import ConvNet
+
+ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Sigmoid: "sigmoid", nn.SiLU: "swish"}
+POOLS = {nn.AvgPool2d: "average", nn.MaxPool2d: "max"}
+
+
+@dataclass
+class Block:
+    """A convolution, its normalisation (groups 0: none), activation and pooling."""
+
+    name: str
+    convolution: nn.Conv2d
+    norm_name: str = ""
+    norm: nn.GroupNorm | None = None
+    activation: str = ""
+    pool: str = "none"
+
+    @property
+    def groups(self) -> int:
+        return 0 if self.norm is None else self.norm.num_groups
+
+    @property
+    def eps(self) -> float:
+        return 0.0 if self.norm is None else self.norm.eps
+
+    @property
+    def padding(self) -> int:
+        return int(self.convolution.padding[0])
+
+    @property
+    def bias_counts(self) -> bool:
+        """Whether the convolution's bias changes anything: instance norm subtracts it again."""
+        return self.groups != self.convolution.out_channels
+
+    def affine(self) -> tuple[Tensor | None, Tensor | None]:
+        """The norm's weight and bias, outside any graph."""
+        if self.norm is None or self.norm.weight is None:
+            return None, None
+        return self.norm.weight.detach(), self.norm.bias.detach()
+
+
+@dataclass
+class Chain:
+    """Blocks from the image on, then one linear layer."""
+
+    blocks: list[Block]
+    head_name: str
+    head: nn.Linear
+
+    def elements(self, image: tuple[int, ...]) -> tuple[int, int]:
+        """Numbers an image leaves behind: all convolutions' outputs; all blocks' inputs."""
+        height, width = image[-2:]
+        inputs, outputs = image[0] * height * width, 0
+        for block in self.blocks:
+            tall, wide = block.convolution.kernel_size
+            height += 2 * block.padding - tall + 1
+            width += 2 * block.padding - wide + 1
+            outputs += block.convolution.out_channels * height * width
+            if block.pool != "none":
+                height, width = height // 2, width // 2
+            inputs += block.convolution.out_channels * height * width
+        return outputs, inputs
+
+
+def recognise(net: nn.Module) -> Chain | None:
+    """The network as a chain, or None if it is not one that the fused operators can serve.
+
+    They serve :class:`ddfast.nets.convnet.ConvNet` itself, not a class derived from it, with
+    instance, group or no normalisation, in float32 or float64, without hooks.
+    """
+    if type(net) is not ConvNet or any(_hooked(module) for module in net.modules()):
+        return None
+    if {p.dtype for p in net.parameters()} not in ({torch.float32}, {torch.float64}):
+        return None
+    blocks: list[Block] = []
+    for number, layer in net.features.named_children():
+        name = f"features.{number}"
+        if isinstance(layer, nn.Conv2d):
+            blocks.append(Block(name, layer))
+        elif isinstance(layer, nn.GroupNorm):
+            blocks[-1].norm_name, blocks[-1].norm = name, layer
+        elif type(layer) in ACTIVATIONS:
+            blocks[-1].activation = ACTIVATIONS[type(layer)]
+        elif type(layer) in POOLS:
+            blocks[-1].pool = POOLS[type(layer)]
+        else:
+            return None
+    return Chain(blocks, "classifier", net.classifier)
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    )

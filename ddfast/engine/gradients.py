@@ -1,0 +1,304 @@
+"""Weight gradients of all classes at once, and their matching, for any network."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ddfast.engine import general
+from ddfast.engine.chain import Chain, recognise
+from ddfast.engine.segments import (
+    Piece,
+    check_batch,
+    check_names,
+    groups,
+    pieces,
+    shares,
+    weight_names,
+)
+from ddfast.losses import gradient_distance_and_gradient
+from ddfast.memory import DEFAULT, FIRST_ORDER, SECOND_ORDER, activation_bytes, parse_memory
+from ddfast.ops.registry import refuse_transforms
+
+PATHS = ("auto", "fused", "general")
+ALGORITHMS = ("auto", "direct", "winograd")
+
+CACHE = 24 << 20
+"""Bytes of activations that go through the network together on a CPU, to stay in its cache."""
+
+# Peak numbers held per image of the fused passes, in (convolution outputs, block inputs); measured.
+FUSED_FIRST = (3.0, 2.0)
+FUSED_SECOND = (6.0, 5.0)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a network's passes are divided: images that may, and that should, go together."""
+
+    chain: Chain | None
+    first: int  # most images of a first-order pass
+    second: int  # most images of a second-order pass
+    together: int  # images of several segments that are better taken together than apart
+
+
+def plan(net: nn.Module, images: Tensor, memory: int | str | None, path: str) -> Plan:
+    """Which path serves the network, and in what pieces.
+
+    Raises:
+        ValueError: an unknown path; the fused path for a network it cannot serve; a budget that
+            holds not even one image.
+    """
+    if path not in PATHS:
+        raise ValueError(f"path: got {path!r}, expected one of {', '.join(PATHS)}")
+    chain = None  # the fused path follows
+    if path == "fused" and chain is None:
+        raise ValueError(
+            f"path: 'fused' cannot serve this {type(net).__name__}; it serves ddfast's ConvNet "
+            "with instance, group or no normalisation in float32 or float64"
+        )
+    budget = DEFAULT if memory is None else parse_memory(memory)
+    image = tuple(images.shape[1:])
+    if chain is None:
+        each = activation_bytes(net, image) if len(image) == 3 else 4 * images[:1].numel()
+        needs = (FIRST_ORDER * each, SECOND_ORDER * each)
+        together = budget // max(int(needs[1]), 1)
+    else:
+        outputs, inputs = chain.elements(image)
+        size = images.element_size()
+        needs = tuple(
+            size * (a * outputs + b * inputs) for a, b in (FUSED_FIRST, FUSED_SECOND)
+        )
+        together = CACHE // (size * (outputs + inputs))
+    if needs[1] > budget:
+        raise ValueError(
+            f"memory: the budget of {budget} bytes is too small, one image needs {needs[1]:.0f}"
+        )
+    first, second = int(budget // needs[0]), int(budget // needs[1])
+    if images.device.type == "cpu" and chain is not None:
+        first, together = min(first, max(together, 1)), max(together, 1)
+    else:
+        together = second
+    return Plan(chain, first, second, min(second, together))
+
+
+def class_gradients(
+    net: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    num_classes: int,
+    memory: int | str | None = None,
+    *,
+    path: str = "auto",
+    algorithm: str = "auto",
+) -> list[Tensor]:
+    """Gradients of each class's mean cross-entropy with respect to the network's weights.
+
+    Equal to a loop over classes, from one pass over all images: the images of a class differ from
+    the others' only in where their share of the weight gradient is added (exact for networks in
+    which the images of a batch do not depend on each other). Outside autograd.
+
+    Args:
+        net: any classifier; :class:`ddfast.nets.convnet.ConvNet` runs on fused operators. Batch
+            normalisation must be in evaluation mode. Its `.grad` fields are left alone.
+        images: (N, channels, H, W), in the network's dtype and device.
+        labels: (N,), in any order, each below `num_classes`.
+        num_classes: how many classes to return.
+        memory: bytes for activations, as "8GiB" or a number (default 1 GiB). Results do not depend
+            on it beyond rounding.
+        path: "fused", "general" (autograd), or "auto", fused where it can be.
+        algorithm: of the fused convolutions: "direct", "winograd" or "auto".
+
+    Returns:
+        For every parameter, in the order of `net.parameters()`, a tensor (num_classes, *shape). A
+        class without images has zeros.
+
+    Raises:
+        TypeError, ValueError: naming the argument that is wrong.
+    """
+    num_classes = operator.index(num_classes)
+    check_batch(net, images, labels, [len(images)])
+    if num_classes < 1 or (len(labels) and int(labels.max()) >= num_classes):
+        most = int(labels.max()) if len(labels) else -1
+        raise ValueError(f"num_classes: got {num_classes}, and the largest label is {most}")
+    counts = torch.bincount(labels, minlength=num_classes).tolist()
+    order = torch.argsort(labels, stable=True)
+    return segment_gradients(
+        net, images[order], labels[order], counts, None, memory, path=path, algorithm=algorithm
+    )
+
+
+@torch.no_grad()
+def segment_gradients(
+    net: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    counts: Sequence[int],
+    names: Sequence[str] | None = None,
+    memory: int | str | None = None,
+    *,
+    weights: Tensor | None = None,
+    path: str = "auto",
+    algorithm: str = "auto",
+) -> list[Tensor]:
+    """As :func:`class_gradients`, of consecutive segments of images whose labels may differ.
+
+    Args:
+        counts: sizes of the segments, which sum to N.
+        names: the parameters wanted (see :func:`weight_names`), by default all.
+        weights: (N,), factor of each image's cross-entropy in place of 1 / (size of its segment).
+
+    Returns:
+        (segments, *shape) for each name.
+    """
+    counts = check_batch(net, images, labels, counts)
+    names = check_names(net, names)
+    _check_call(net, images, algorithm)
+    images, share = images.detach(), shares(counts, images, weights)
+    p = plan(net, images, memory, path)
+    if p.chain is None:
+        return general.gradients(net, images, labels, counts, share, names, p.first)
+    parameters = dict(net.named_parameters())
+    out = [parameters[name].new_empty((len(counts), *parameters[name].shape)) for name in names]
+    written = 0  # segments before this one have been begun
+    for piece in pieces(counts, p.first) if len(images) else ():
+        found, _ = fused.forward_backward(
+            p.chain,
+            images[piece.images],
+            labels[piece.images],
+            share[piece.images],
+            piece.counts,
+            names,
+            algorithm,
+            keep=False,
+        )
+        begun = piece.first < written  # only its first segment can have images in earlier pieces
+        fresh = piece.first + begun
+        for name, total in zip(names, out, strict=True):
+            part = found[name]
+            if begun:
+                total[piece.first] += part[0]
+            total[written:fresh] = 0
+            total[fresh : piece.segments.stop] = part[begun:]
+        written = max(written, piece.segments.stop)
+    for total in out:
+        total[written:] = 0
+    return out
+
+
+@torch.no_grad()
+def match_gradients(
+    net: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    counts: Sequence[int],
+    real: Sequence[Tensor],
+    names: Sequence[str] | None = None,
+    metric: str = "row_cosine",
+    eps: float = 1e-6,
+    memory: int | str | None = None,
+    *,
+    path: str = "auto",
+    algorithm: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """Distance of each segment's weight gradient to a given one, and its gradient to the images.
+
+    The matching step of DC, DSA, DCC and IDC (Zhao, Mopuri and Bilen, ICLR 2021, eq. 8), without
+    `create_graph`: the distance gives V = d loss / d gradient, and d loss / d images is the tangent
+    of the ordinary image gradient when the weights move along V, which costs one tangent forward
+    and one tangent backward pass (forward-over-reverse). Exact, not a finite difference. Networks
+    other than ConvNet go through autograd's double backward, with the same result.
+
+    Args:
+        net, images, labels, counts, memory, path, algorithm: as in :func:`segment_gradients`.
+        real: (segments, *shape) for each name, constants.
+        names: the parameters matched, by default those of two or more dimensions for "row_cosine",
+            which ignores the others, and all for the other metrics.
+        metric, eps: as in :func:`ddfast.losses.gradient_distance`.
+
+    Returns:
+        ``(losses, gradient)``: (segments,), and the gradient of their sum with respect to the
+        images, in their shape. Chain it to what made the images with
+        ``torch.autograd.grad(images, leaf, gradient)``.
+
+    Raises:
+        TypeError, ValueError: naming the argument that is wrong.
+    """
+    counts = check_batch(net, images, labels, counts)
+    if names is None:
+        names = weight_names(net, "matrices" if metric == "row_cosine" else "all")
+    names = check_names(net, names)
+    _check_call(net, images, algorithm)
+    parameters = dict(net.named_parameters())
+    real = list(real)
+    if len(real) != len(names):
+        raise ValueError(f"real: got {len(real)} tensors, expected {len(names)}: {names}")
+    for name, tensor in zip(names, real, strict=True):
+        expected = (len(counts), *parameters[name].shape)
+        if tuple(tensor.shape) != expected:
+            raise ValueError(f"real: got {tuple(tensor.shape)} for {name}, expected {expected}")
+
+    def distance(found: list[Tensor], segments: slice) -> tuple[Tensor, list[Tensor]]:
+        target = [tensor[segments] for tensor in real]
+        return gradient_distance_and_gradient(found, target, metric, eps, batched=True)
+
+    images, share = images.detach(), shares(counts, images, None)
+    p = plan(net, images, memory, path)
+    if p.chain is None:
+        return general.match(net, images, labels, counts, share, names, distance, p.second)
+    out = torch.empty_like(images)
+    losses = []
+    for group in groups(counts, p.together):
+        here = (images[group.images], labels[group.images], share[group.images])
+        losses.append(
+            _match_group(p, here, group, names, distance, algorithm, out[group.images])
+        )
+    return torch.cat(losses), out
+
+
+def _match_group(
+    p: Plan,
+    batch: tuple[Tensor, Tensor, Tensor],
+    group: Piece,
+    names: Sequence[str],
+    distance: general.Distance,
+    algorithm: str,
+    out: Tensor,
+) -> Tensor:
+    """Losses of a group of segments; writes their image gradients into `out`."""
+    assert p.chain is not None
+    counts, total = group.counts, group.stop - group.start
+    if total <= p.second:
+        found, trace = fused.forward_backward(
+            p.chain, *batch, counts, names, algorithm, keep=True
+        )
+        losses, v = distance([found[name] for name in names], group.segments)
+        out.copy_(fused.tangent(p.chain, trace, dict(zip(names, v, strict=True)), algorithm))
+        return losses
+    # One segment too large for the budget: its weight gradient in pieces, then each piece again.
+    sums: list[Tensor] = []
+    for piece in pieces(counts, p.second):
+        part = [x[piece.images] for x in batch]
+        found, _ = fused.forward_backward(
+            p.chain, *part, piece.counts, names, algorithm, keep=False
+        )
+        here = [found[name] for name in names]
+        sums = [a.add_(b) for a, b in zip(sums, here, strict=True)] if sums else here
+    losses, v = distance(sums, group.segments)
+    direction = dict(zip(names, v, strict=True))
+    for piece in pieces(counts, p.second):
+        part = [x[piece.images] for x in batch]
+        _, trace = fused.forward_backward(
+            p.chain, *part, piece.counts, names, algorithm, keep=True
+        )
+        out[piece.images] = fused.tangent(p.chain, trace, direction, algorithm)
+    return losses
+
+
+def _check_call(net: nn.Module, images: Tensor, algorithm: str) -> None:
+    if algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm: got {algorithm!r}, expected one of {', '.join(ALGORITHMS)}")
+    refuse_transforms(images, *net.parameters())
