@@ -64,6 +64,7 @@ class Case:
         providers: name -> function without arguments; the first is the baseline ("eager").
         bytes: the fewest bytes the work must move, inputs read once and outputs written once.
         tolerance: largest allowed error relative to the largest entry of each result.
+        error: another measure of a result's error than that, from (result, exact).
     """
 
     operator: str
@@ -75,6 +76,7 @@ class Case:
     tolerance: float = 1e-4
     rounds: int = 15
     device: str = "cpu"
+    error: Callable[[object, object], float] | None = None
     rows: list[dict[str, object]] = field(default_factory=list)
 
 
@@ -123,7 +125,7 @@ def measure(case: Case) -> list[dict[str, object]]:
             rows[name] = {"verified": f"failed: {type(problem).__name__}"}
             continue
         first = (time.perf_counter() - start) * 1e3
-        found = relative_error(result, exact)
+        found = (case.error or relative_error)(result, exact)
         good = found <= case.tolerance
         rows[name] = {
             "first_call_ms": round(first, 3),

@@ -23,8 +23,8 @@ from ddfast.artefact import Artefact
 from ddfast.data import Dataset
 from ddfast.distill import checkpoint, folder
 from ddfast.distill.log import Log, in_words, peak_memory
-from ddfast.methods import Config, Diverged, Interrupted, Method, Run
 from ddfast.memory import DEFAULT, parse_memory
+from ddfast.methods import Config, Diverged, Interrupted, Method, Run
 from ddfast.synthetic import grid
 
 ARTEFACT = "distilled.safetensors"

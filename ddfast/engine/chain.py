@@ -77,7 +77,9 @@ def recognise(net: nn.Module) -> Chain | None:
     They serve :class:`ddfast.nets.convnet.ConvNet` itself, not a class derived from it, with
     instance, group or no normalisation, in float32 or float64, without hooks.
     """
-    if type(net) is not ConvNet or any(_hooked(module) for module in net.modules()):
+    if type(net) is not ConvNet or {"embed", "forward"} & net.__dict__.keys():
+        return None
+    if any(_hooked(module) for module in net.modules()):
         return None
     if {p.dtype for p in net.parameters()} not in ({torch.float32}, {torch.float64}):
         return None

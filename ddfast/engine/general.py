@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from ddfast.engine.segments import pieces
+from ddfast.engine.segments import check_labels, pieces
 
 Distance = Callable[[list[Tensor], slice], tuple[Tensor, list[Tensor]]]
 """From gradients (segments, *shape) and which segments they are: losses and d loss / d gradient."""
@@ -20,10 +20,7 @@ Distance = Callable[[list[Tensor], slice], tuple[Tensor, list[Tensor]]]
 
 def leaves(net: nn.Module, names: Sequence[str]) -> dict[str, Tensor]:
     """Detached weights by name; those of `names` require gradients."""
-    return {
-        name: p.detach().requires_grad_(name in names)
-        for name, p in net.named_parameters()
-    }
+    return {name: p.detach().requires_grad_(name in names) for name, p in net.named_parameters()}
 
 
 def loss_of(
@@ -31,6 +28,7 @@ def loss_of(
 ) -> Tensor:
     """Cross-entropy of the images, each by its share, summed."""
     logits = torch.func.functional_call(net, dict(weights), (x,))
+    check_labels(labels, logits.shape[1])
     return (cross_entropy(logits, labels, reduction="none") * share).sum()
 
 
@@ -87,9 +85,7 @@ def match(
         here = slice(segment, segment + 1)
         v: list[Tensor] | None = None
         if count > most or count == 0:
-            first = gradients(
-                net, images[whole], labels[whole], [count], share[whole], names, most
-            )
+            first = gradients(net, images[whole], labels[whole], [count], share[whole], names, most)
             loss, v = distance(first, here)
         for piece in pieces([count], most) if count else ():
             inside = slice(whole.start + piece.start, whole.start + piece.stop)
@@ -104,7 +100,9 @@ def match(
                 ]
                 loss, v = distance([g.unsqueeze(0) for g in filled], here)
             pairs = [
-                (g, d[0]) for g, d in zip(found, v, strict=True) if g is not None and g.requires_grad
+                (g, d[0])
+                for g, d in zip(found, v, strict=True)
+                if g is not None and g.requires_grad
             ]
             if pairs:
                 by_images = torch.autograd.grad(

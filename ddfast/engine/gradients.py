@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ddfast.engine import general
+from ddfast.engine import fused, general
 from ddfast.engine.chain import Chain, recognise
 from ddfast.engine.segments import (
     Piece,
@@ -54,7 +54,7 @@ def plan(net: nn.Module, images: Tensor, memory: int | str | None, path: str) ->
     """
     if path not in PATHS:
         raise ValueError(f"path: got {path!r}, expected one of {', '.join(PATHS)}")
-    chain = None  # the fused path follows
+    chain = None if path == "general" else recognise(net)
     if path == "fused" and chain is None:
         raise ValueError(
             f"path: 'fused' cannot serve this {type(net).__name__}; it serves ddfast's ConvNet "
@@ -69,9 +69,7 @@ def plan(net: nn.Module, images: Tensor, memory: int | str | None, path: str) ->
     else:
         outputs, inputs = chain.elements(image)
         size = images.element_size()
-        needs = tuple(
-            size * (a * outputs + b * inputs) for a, b in (FUSED_FIRST, FUSED_SECOND)
-        )
+        needs = tuple(size * (a * outputs + b * inputs) for a, b in (FUSED_FIRST, FUSED_SECOND))
         together = CACHE // (size * (outputs + inputs))
     if needs[1] > budget:
         raise ValueError(
@@ -253,9 +251,7 @@ def match_gradients(
     losses = []
     for group in groups(counts, p.together):
         here = (images[group.images], labels[group.images], share[group.images])
-        losses.append(
-            _match_group(p, here, group, names, distance, algorithm, out[group.images])
-        )
+        losses.append(_match_group(p, here, group, names, distance, algorithm, out[group.images]))
     return torch.cat(losses), out
 
 
@@ -272,9 +268,7 @@ def _match_group(
     assert p.chain is not None
     counts, total = group.counts, group.stop - group.start
     if total <= p.second:
-        found, trace = fused.forward_backward(
-            p.chain, *batch, counts, names, algorithm, keep=True
-        )
+        found, trace = fused.forward_backward(p.chain, *batch, counts, names, algorithm, keep=True)
         losses, v = distance([found[name] for name in names], group.segments)
         out.copy_(fused.tangent(p.chain, trace, dict(zip(names, v, strict=True)), algorithm))
         return losses
@@ -291,9 +285,7 @@ def _match_group(
     direction = dict(zip(names, v, strict=True))
     for piece in pieces(counts, p.second):
         part = [x[piece.images] for x in batch]
-        _, trace = fused.forward_backward(
-            p.chain, *part, piece.counts, names, algorithm, keep=True
-        )
+        _, trace = fused.forward_backward(p.chain, *part, piece.counts, names, algorithm, keep=True)
         out[piece.images] = fused.tangent(p.chain, trace, direction, algorithm)
     return losses
 

@@ -104,7 +104,7 @@ def check_batch(net: nn.Module, images: Tensor, labels: Tensor, counts: Sequence
             f"images: got {images.dtype} on {images.device}, expected {parameter.dtype} on "
             f"{parameter.device}, as the network's parameters"
         )
-    if len(labels) and int(labels.min()) < 0:
+    if labels.device.type == "cpu" and len(labels) and int(labels.min()) < 0:
         raise ValueError(f"labels: got {int(labels.min())}, expected class numbers from 0 on")
     for name, module in net.named_modules():
         if not module.training:
@@ -117,6 +117,12 @@ def check_batch(net: nn.Module, images: Tensor, labels: Tensor, counts: Sequence
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             raise ValueError(f"net: dropout {name!r} is in training mode and would draw at random")
     return counts
+
+
+def check_labels(labels: Tensor, classes: int) -> None:
+    """Raise ValueError where a label has no logit; on a GPU the comparison would have to wait."""
+    if labels.device.type == "cpu" and len(labels) and int(labels.max()) >= classes:
+        raise ValueError(f"labels: got {int(labels.max())}, the network has {classes} classes")
 
 
 def check_names(net: nn.Module, names: Sequence[str] | None) -> tuple[str, ...]:

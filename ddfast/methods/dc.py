@@ -11,7 +11,7 @@ Between two image updates theta is trained on the synthetic set for `inner_loop`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ddfast.data import Dataset
-from ddfast.losses import gradient_distance
+from ddfast.engine import match_gradients, segment_gradients, weight_names
+from ddfast.memory import SECOND_ORDER
 from ddfast.methods.config import Config as Shared
 from ddfast.methods.config import setting
-from ddfast.memory import FIRST_ORDER, SECOND_ORDER
 from ddfast.methods.run import Interrupted, Run
 from ddfast.nets import Network, has_batchnorm
 
@@ -74,14 +74,9 @@ def check(run: Run) -> None:
     """Refuse what cannot work before the first step.
 
     Raises:
-        ValueError: the synthetic images of one class do not fit into the memory.
+        ValueError: not even one synthetic image fits into the memory.
     """
-    fit = run.at_once(SECOND_ORDER)
-    if fit < run.config.ipc:
-        raise ValueError(
-            f"memory: the budget of {run.memory} bytes holds the graph of {fit} images, and the "
-            f"{run.config.ipc} of one class must fit"
-        )
+    run.at_once(2 * SECOND_ORDER)
 
 
 def step(run: Run) -> Tensor:
@@ -108,32 +103,50 @@ def match(run: Run, net: Network, outer: int) -> tuple[Tensor, Tensor]:
     assert isinstance(config, Config)
     metric = METRICS[config.dis_metric]
     # Biases and norm layers do not count in row_cosine: their gradients need not be computed.
-    weights = [p for p in net.parameters() if metric != "row_cosine" or p.dim() >= 2]
-    most = run.at_once(FIRST_ORDER)
+    names = weight_names(net, "matrices" if metric == "row_cosine" else "all")
     indices, counts = run.sampler.sample_all(config.batch_real, run.generator("real images", outer))
+    positions = indices.split(counts)
     gradient = torch.empty_like(run.images)
     losses = []
-    for c, positions in enumerate(indices.split(counts)):
-        draw = run.augment.draw(run.generator("augmentation", outer, c), run.dataset.size)
-        real: list[Tensor] = []
-        for piece in positions.split(most):
-            share = len(piece) / len(positions)
-            loss = share * _loss(net, run.augment(run.real(piece), draw), c)
-            part = torch.autograd.grad(loss, weights)
-            real = [a + b for a, b in zip(real, part, strict=True)] if real else list(part)
+    for first, end in class_groups(run, net, names):
+        classes = range(first, end)
+        # One augmentation for both sides of a class, another for every class.
+        draws = [
+            run.augment.draw(run.generator("augmentation", outer, c), run.dataset.size)
+            for c in classes
+        ]
+        draw = torch.cat(draws, 1)
+        sizes = [counts[c] for c in classes]
+        x = run.augment(run.real(torch.cat(positions[first:end])), draw, sizes)
+        labels = run.labels.new_tensor(classes).repeat_interleave(run.labels.new_tensor(sizes))
+        real = segment_gradients(net, x, labels, sizes, names, run.memory // 2)
         # A leaf of its own: the graph of a slice would write and add zeros for all other classes.
-        here = run.of_classes(c, c + 1)
+        here = run.of_classes(first, end)
         images = run.images.detach()[here].requires_grad_()
-        loss = _loss(net, run.augment(images, draw), c)
-        syn = torch.autograd.grad(loss, weights, create_graph=True)
-        distance = gradient_distance(syn, real, metric)
-        # Only with respect to the images: the networks' weights are not to be learned here.
-        gradient[here] = torch.autograd.grad(distance, images)[0]
-        losses.append(distance.detach())
+        s = run.augment(images, draw, [config.ipc] * len(classes))
+        distances, by_s = match_gradients(
+            *(net, s.detach(), run.labels[here], [config.ipc] * len(classes), real, names, metric),
+            memory=run.memory // 2,
+        )
+        gradient[here] = torch.autograd.grad(s, images, by_s)[0]
+        losses.append(distances)
         if run.stop:
             raise Interrupted
     run.processed += len(indices) + len(run.images)
-    return gradient, torch.stack(losses)
+    return gradient, torch.cat(losses)
+
+
+def class_groups(run: Run, net: Network, names: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """First and end of groups of classes whose images and gradients fit into half the memory."""
+    parameters = dict(net.named_parameters())
+    size = run.images.element_size()
+    image = run.images[0].numel() * size
+    matched = sum(parameters[name].numel() for name in names) * size
+    # Real images before and after augmentation; gradients of both sides and their derivative.
+    each = 2 * (run.config.batch_real + run.config.ipc) * image + 3 * matched
+    classes, most = run.sampler.num_classes, max(1, run.memory // 2 // each)
+    for first in range(0, classes, most):
+        yield first, min(first + most, classes)
 
 
 def train(run: Run, net: Network, optimiser: torch.optim.Optimizer, outer: int) -> None:
@@ -154,11 +167,6 @@ def train(run: Run, net: Network, optimiser: torch.optim.Optimizer, outer: int) 
         run.processed += len(images)
         if run.stop:
             raise Interrupted
-
-
-def _loss(net: Network, x: Tensor, c: int) -> Tensor:
-    """Mean cross-entropy of images of class c."""
-    return cross_entropy(net(x), torch.full((len(x),), c, device=x.device))
 
 
 def _freeze_statistics(run: Run, net: Network, outer: int) -> None:

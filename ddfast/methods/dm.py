@@ -22,9 +22,9 @@ from torch import Tensor
 
 from ddfast.data import Dataset
 from ddfast.losses import class_mean_distance
+from ddfast.memory import FIRST_ORDER, FORWARD
 from ddfast.methods.config import Config as Shared
 from ddfast.methods.config import dsa_strategy, setting
-from ddfast.memory import FIRST_ORDER, FORWARD
 from ddfast.methods.run import Run
 from ddfast.nets import Network, has_batchnorm
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from ddfast import nets
 from ddfast.augment import DSA
 from ddfast.data import ClassSampler, Dataset, normalise
-from ddfast.methods.config import Config
 from ddfast.memory import activation_bytes, images_at_once
+from ddfast.methods.config import Config
 from ddfast.random import generator
 from ddfast.synthetic import pixels
 

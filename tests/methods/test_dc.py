@@ -11,8 +11,9 @@ from torch.nn.functional import cross_entropy
 
 from ddfast import nets
 from ddfast.data import normalise
-from ddfast.methods import dc, dsa
+from ddfast.engine import gradients
 from ddfast.memory import FIRST_ORDER, SECOND_ORDER
+from ddfast.methods import dc, dsa
 from ddfast.random import generator
 
 SETTINGS = {
@@ -176,32 +177,40 @@ def test_network_training_happens_between_image_updates_only(
 
 
 @pytest.mark.parametrize("method", ["dc", "dsa"])
-@pytest.mark.parametrize("real_at_once", [1, 2, 4])
-def test_chunks_change_nothing_beyond_rounding(
-    make_dataset, make_run, method, real_at_once
-) -> None:
+@pytest.mark.parametrize("at_once", [1, 2, 4])
+def test_chunks_change_nothing_beyond_rounding(make_dataset, make_run, method, at_once) -> None:
     dataset = make_dataset([7, 4, 9])
-    settings = SETTINGS | {"ipc": 1, "outer_loop": 2}
+    settings = SETTINGS | {"outer_loop": 2}
     whole = make_run(method, dataset, **settings)
     go(whole, 2)
     run = make_run(method, dataset, **settings)
-    each = run.activations
-    run.memory = max(int(real_at_once * FIRST_ORDER * each) + 1, 1)
+    run.memory = 2 * int(at_once * SECOND_ORDER * run.activations) + 2
     sizes = []
-    embed = run.net.embed
+    embed = run.net.embed  # replaced, so that the engine takes its path for any network
     run.net.embed = lambda x: (sizes.append(len(x)), embed(x))[1]
     go(run, 2)
-    assert max(sizes) <= max(real_at_once, settings["batch_train"] - 1)
-    assert sum(sizes) == 2 * 2 * (5 + 4 + 5 + 3) + 2 * 2 * 3
+    most = int(at_once * SECOND_ORDER / FIRST_ORDER)
+    assert at_once <= max(sizes) <= max(most, settings["batch_train"])
     torch.testing.assert_close(run.images, whole.images, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("method", ["dc", "dsa"])
+def test_the_fused_engine_equals_autograd(make_dataset, make_run, method, monkeypatch) -> None:
+    dataset = make_dataset([7, 4, 9])
+    fused = make_run(method, dataset, **SETTINGS)
+    go(fused, 2)
+    monkeypatch.setattr(gradients, "recognise", lambda _: None)
+    general = make_run(method, dataset, **SETTINGS)
+    go(general, 2)
+    torch.testing.assert_close(fused.images, general.images, rtol=1e-9, atol=1e-11)
 
 
 def test_too_small_a_budget_is_refused(make_dataset, make_run) -> None:
     dataset = make_dataset([7, 4, 9])
     run = make_run("dc", dataset, **SETTINGS)
-    enough = int(SECOND_ORDER * run.activations * 3) + 1
+    enough = int(2 * SECOND_ORDER * run.activations) + 1
     make_run("dc", dataset, memory=enough, **SETTINGS)
-    with pytest.raises(ValueError, match=r"memory: .* holds the graph of 2 images, and the 3 of"):
+    with pytest.raises(ValueError, match="memory: .* is too small, one image needs"):
         make_run("dc", dataset, memory=enough - 10, **SETTINGS)
 
 

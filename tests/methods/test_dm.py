@@ -10,8 +10,8 @@ from torch import Tensor
 
 from ddfast import nets
 from ddfast.data import normalise
-from ddfast.methods import dm
 from ddfast.memory import FIRST_ORDER, FORWARD
+from ddfast.methods import dm
 from ddfast.random import generator
 
 SETTINGS = {"ipc": 2, "model": "ConvNetD2W4", "batch_real": 5, "lr_img": 0.7, "momentum": 0.5}

@@ -1,0 +1,285 @@
+"""Forward, backward, tangent forward and tangent backward of a ConvNet, by hand.
+
+No autograd graph is built. A batch holds images of several segments; they share the network's
+weights, and only the sums over images (weight gradients) and the tangents of the weights are
+segment by segment. Activations are channels_last on the CPU, where a pixel's channels fill vector
+registers, and as torch prefers them elsewhere.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ddfast.engine.chain import Block, Chain
+from ddfast.engine.segments import check_labels
+from ddfast.ops import class_weight_grad as conv
+from ddfast.ops import norm_relu_pool as norm
+
+
+@dataclass
+class Trace:
+    """What a forward and backward pass leaves behind for the tangents."""
+
+    counts: list[int]
+    share: Tensor
+    inputs: list[Tensor] = field(default_factory=list)  # of each block
+    outputs: list[Tensor] = field(default_factory=list)  # of each convolution
+    statistics: list[tuple[Tensor, Tensor]] = field(default_factory=list)
+    features: Tensor | None = None  # (N, width) into the head
+    probabilities: Tensor | None = None
+    by_logits: Tensor | None = None
+    by_pooled: list[Tensor] = field(default_factory=list)  # cotangent of each block's result
+    by_output: list[Tensor] = field(default_factory=list)  # cotangent of each convolution's
+
+
+def _arguments(block: Block, statistics: tuple[Tensor, Tensor]) -> tuple[object, ...]:
+    return (*statistics, block.groups, block.activation, block.pool)
+
+
+def _spread(values: Tensor, counts: Sequence[int]) -> Tensor:
+    """(segments, ...) -> (N, ...): each segment's values for every one of its images."""
+    sizes = torch.tensor(list(counts), device=values.device)
+    return values.repeat_interleave(sizes, 0, output_size=sum(counts))
+
+
+def _segment_sum(values: Tensor, counts: Sequence[int]) -> Tensor:
+    """(N, width) -> (segments, width)."""
+    return torch.stack([part.sum(0) for part in values.split(list(counts))])
+
+
+def _weight(block: Block) -> Tensor:
+    return block.convolution.weight.detach().unsqueeze(0)
+
+
+def _planes(block: Block, z: Tensor) -> list[int]:
+    height, width = z.shape[2:]
+    return [height, width] if block.pool == "none" else [height // 2, width // 2]
+
+
+def forward_backward(
+    chain: Chain,
+    images: Tensor,
+    labels: Tensor,
+    share: Tensor,
+    counts: list[int],
+    names: Sequence[str],
+    algorithm: str,
+    keep: bool,
+) -> tuple[dict[str, Tensor], Trace]:
+    """Weight gradients (segments, *shape) by name; the trace is complete only with `keep`."""
+    check_labels(labels, chain.head.out_features)
+    trace = Trace(counts, share)
+    everything = [len(images)]
+    x = images.detach()
+    if x.device.type == "cpu":
+        x = x.contiguous(memory_format=torch.channels_last)
+    for block in chain.blocks:
+        trace.inputs.append(x)
+        z = conv.class_conv(x, _weight(block), everything, block.padding, algorithm)
+        if block.convolution.bias is not None and block.bias_counts:
+            z.add_(block.convolution.bias.detach().view(1, -1, 1, 1))
+        weight, bias = block.affine()
+        x, mean, rstd = norm.norm_relu_pool(
+            z, weight, bias, block.groups, block.eps, block.activation, block.pool
+        )
+        trace.outputs.append(z)
+        trace.statistics.append((mean, rstd))
+    features = x.reshape(len(x), -1)
+    head = chain.head.weight.detach()
+    logits = torch.nn.functional.linear(features, head, chain.head.bias.detach())
+    probabilities = logits.softmax(1)
+    by_logits = probabilities.clone()
+    by_logits[torch.arange(len(x), device=x.device), labels] -= 1
+    by_logits *= share.unsqueeze(1)
+    trace.features, trace.probabilities, trace.by_logits = features, probabilities, by_logits
+
+    found: dict[str, Tensor] = {}
+    if f"{chain.head_name}.weight" in names:
+        found[f"{chain.head_name}.weight"] = conv.class_weight_grad(
+            features, by_logits, counts, [], 0, algorithm
+        )
+    if f"{chain.head_name}.bias" in names:
+        found[f"{chain.head_name}.bias"] = _segment_sum(by_logits, counts)
+    last = _least_block(chain, names)
+    if last is None and not keep:
+        return found, trace
+    g = (by_logits @ head).view(x.shape)
+    if x.device.type == "cpu":
+        g = g.contiguous(memory_format=torch.channels_last)
+    for number in range(len(chain.blocks) - 1, -1, -1):
+        block, x, z = chain.blocks[number], trace.inputs[number], trace.outputs[number]
+        mean, rstd = trace.statistics[number]
+        weight, bias = block.affine()
+        gz, by_scale, by_shift = norm.norm_relu_pool_bwd(
+            g, z, weight, bias, mean, rstd, block.groups, block.activation, block.pool
+        )
+        _collect(found, block, names, x, gz, by_scale, by_shift, counts, algorithm)
+        if keep:
+            trace.by_pooled.insert(0, g)
+            trace.by_output.insert(0, gz)
+        else:
+            trace.outputs.pop()
+        if number == 0 or (not keep and last is not None and number <= last):
+            break
+        size = list(x.shape[2:])
+        g = conv.class_input_grad(gz, _weight(block), everything, size, block.padding, algorithm)
+    return found, trace
+
+
+def _least_block(chain: Chain, names: Sequence[str]) -> int | None:
+    """The first block with a wanted parameter."""
+    for number, block in enumerate(chain.blocks):
+        owned = {f"{block.name}.weight", f"{block.name}.bias"}
+        owned |= {f"{block.norm_name}.weight", f"{block.norm_name}.bias"}
+        if owned & set(names):
+            return number
+    return None
+
+
+def _collect(
+    found: dict[str, Tensor],
+    block: Block,
+    names: Sequence[str],
+    x: Tensor,
+    gz: Tensor,
+    by_scale: Tensor,
+    by_shift: Tensor,
+    counts: list[int],
+    algorithm: str,
+) -> None:
+    if f"{block.name}.weight" in names:
+        kernel = list(block.convolution.kernel_size)
+        found[f"{block.name}.weight"] = conv.class_weight_grad(
+            x, gz, counts, kernel, block.padding, algorithm
+        )
+    if f"{block.name}.bias" in names:
+        if block.bias_counts:
+            by_bias = _segment_sum(gz.sum((2, 3)), counts)
+        else:  # exactly zero: the norm subtracts the bias again
+            by_bias = gz.new_zeros(len(counts), gz.shape[1])
+        found[f"{block.name}.bias"] = by_bias
+    if block.norm is not None and f"{block.norm_name}.weight" in names:
+        found[f"{block.norm_name}.weight"] = _segment_sum(by_scale, counts)
+    if block.norm is not None and f"{block.norm_name}.bias" in names:
+        found[f"{block.norm_name}.bias"] = _segment_sum(by_shift, counts)
+
+
+def tangent(chain: Chain, trace: Trace, direction: Mapping[str, Tensor], algorithm: str) -> Tensor:
+    """d/de of the image gradient when every segment's weights move along its `direction`.
+
+    By the symmetry of second derivatives this is the gradient of <direction, weight gradient> with
+    respect to the images. One tangent forward, one tangent backward pass.
+
+    Args:
+        trace: complete, of the same images.
+        direction: (segments, *shape) by parameter name; missing names do not move.
+    """
+    counts, everything = trace.counts, [len(trace.share)]
+    moved: Tensor | None = None  # tangent of the current block's input
+    outputs: list[Tensor | None] = []
+    affine: list[tuple[Tensor | None, Tensor | None]] = []
+    for number, block in enumerate(chain.blocks):
+        moved, z_tangent, pair = _block_tangent(block, trace, number, moved, direction, algorithm)
+        outputs.append(z_tangent)
+        affine.append(pair)
+
+    assert trace.features is not None and trace.by_logits is not None
+    head = chain.head.weight.detach()
+    p, by_logits = trace.probabilities, trace.by_logits
+    assert p is not None
+    logits: Tensor | None = None
+    if moved is not None:
+        logits = moved.reshape(len(moved), -1) @ head.T
+    turn = direction.get(f"{chain.head_name}.weight")
+    if turn is not None:
+        part = conv.class_conv(trace.features, turn, counts, 0, algorithm)
+        logits = part if logits is None else logits.add_(part)
+    shift = direction.get(f"{chain.head_name}.bias")
+    if shift is not None:
+        part = _spread(shift, counts)
+        logits = part if logits is None else logits + part
+    if logits is None:
+        return torch.zeros_like(trace.inputs[0])
+    by_logits_tangent = p * (logits - (p * logits).sum(1, keepdim=True))
+    by_logits_tangent *= trace.share.unsqueeze(1)
+    g_tangent = by_logits_tangent @ head
+    if turn is not None:
+        width = [trace.features.shape[1]]
+        g_tangent += conv.class_input_grad(by_logits, turn, counts, width, 0, algorithm)
+
+    g_tangent = g_tangent.view(trace.by_pooled[-1].shape)
+    if g_tangent.device.type == "cpu":
+        g_tangent = g_tangent.contiguous(memory_format=torch.channels_last)
+    for number in range(len(chain.blocks) - 1, -1, -1):
+        block = chain.blocks[number]
+        z, z_tangent = trace.outputs[number], outputs[number]
+        weight, bias = block.affine()
+        if z_tangent is None and affine[number] == (None, None):
+            gz_tangent = norm.norm_relu_pool_bwd(
+                g_tangent, z, weight, bias, *_arguments(block, trace.statistics[number])
+            )[0]
+        else:
+            gz_tangent = norm.norm_relu_pool_tangent_bwd(
+                trace.by_pooled[number],
+                g_tangent,
+                z,
+                torch.zeros_like(z) if z_tangent is None else z_tangent,
+                weight,
+                bias,
+                *affine[number],
+                *_arguments(block, trace.statistics[number]),
+            )[0]
+        outputs[number] = None
+        size = list(trace.inputs[number].shape[2:])
+        g_tangent = conv.class_input_grad(
+            gz_tangent, _weight(block), everything, size, block.padding, algorithm
+        )
+        turn = direction.get(f"{block.name}.weight")
+        if turn is not None:
+            gz = trace.by_output[number]
+            g_tangent += conv.class_input_grad(gz, turn, counts, size, block.padding, algorithm)
+    return g_tangent
+
+
+def _block_tangent(
+    block: Block,
+    trace: Trace,
+    number: int,
+    moved: Tensor | None,
+    direction: Mapping[str, Tensor],
+    algorithm: str,
+) -> tuple[Tensor | None, Tensor | None, tuple[Tensor | None, Tensor | None]]:
+    """Tangents of the block's result and of its convolution's; (N, channels) those of its norm."""
+    x, z, counts = trace.inputs[number], trace.outputs[number], trace.counts
+    z_tangent: Tensor | None = None
+    if moved is not None:
+        z_tangent = conv.class_conv(moved, _weight(block), [len(x)], block.padding, algorithm)
+    turn = direction.get(f"{block.name}.weight")
+    if turn is not None:
+        part = conv.class_conv(x, turn, counts, block.padding, algorithm)
+        z_tangent = part if z_tangent is None else z_tangent.add_(part)
+    shift = direction.get(f"{block.name}.bias")
+    if shift is not None and block.bias_counts:
+        part = _spread(shift, counts)[:, :, None, None]
+        z_tangent = (torch.zeros_like(z) if z_tangent is None else z_tangent).add_(part)
+    scale_shift = [
+        _spread(direction[name], counts) if name in direction else None
+        for name in (f"{block.norm_name}.weight", f"{block.norm_name}.bias")
+    ]
+    pair = (scale_shift[0], scale_shift[1])
+    if z_tangent is None and pair == (None, None):
+        return None, None, pair
+    weight, bias = block.affine()
+    out = norm.norm_relu_pool_tangent(
+        z,
+        torch.zeros_like(z) if z_tangent is None else z_tangent,
+        weight,
+        bias,
+        *pair,
+        *_arguments(block, trace.statistics[number]),
+    )
+    return out, z_tangent, pair
