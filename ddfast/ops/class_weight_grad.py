@@ -1,0 +1,145 @@
+"""Operators `class_conv`, `class_input_grad` and `class_weight_grad`: convolutions by class.
+
+The partial derivatives of one trilinear form, see `ddfast.reference.class_weight_grad`: the
+derivatives of each are the two others, so every order is right. The compiled kernels read and write
+channels_last memory; contiguous tensors are converted. Half precision is left to the reference.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddfast.ops.registry import declare, derivative
+from ddfast.reference import class_weight_grad as reference
+
+# --- by the result --------------------------------------------------------------------------------
+
+
+def _conv_cuda(kernels: Any, *arguments: Any) -> Any:
+    return kernels.class_conv(*arguments)
+
+
+def _conv_fake(
+    x: Tensor, weight: Tensor, counts: list[int], padding: int, algorithm: str
+) -> Tensor:
+    shape = reference.conv_shape(x, weight, counts, padding, algorithm)
+    return torch.empty(
+        shape, dtype=x.dtype, device=x.device, memory_format=reference.memory_format(x)
+    )
+
+
+class_conv = declare(
+    "class_conv(Tensor x, Tensor weight, int[] counts, int padding, str algorithm) -> Tensor",
+    reference=reference.class_conv,
+    cpu=None,
+    cuda=_conv_cuda,
+    fake=_conv_fake,
+    kernels="class_weight_grad",
+)
+
+
+def _conv_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weight, ctx.counts, ctx.padding, ctx.algorithm = inputs
+    ctx.size, ctx.kernel = x.shape[2:], weight.shape[3:]
+    ctx.save_for_backward(x, weight)
+
+
+def _conv_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, weight = ctx.saved_tensors
+    by_x = by_weight = None
+    if ctx.needs_input_grad[0]:
+        by_x = class_input_grad(grad, weight, ctx.counts, ctx.size, ctx.padding, ctx.algorithm)
+    if ctx.needs_input_grad[1]:
+        by_weight = class_weight_grad(x, grad, ctx.counts, ctx.kernel, ctx.padding, ctx.algorithm)
+    return by_x, by_weight, None, None, None
+
+
+# --- by the images --------------------------------------------------------------------------------
+
+
+def _input_grad_cuda(kernels: Any, *arguments: Any) -> Any:
+    return kernels.class_input_grad(*arguments)
+
+
+def _input_grad_fake(
+    grad: Tensor, weight: Tensor, counts: list[int], size: list[int], padding: int, algorithm: str
+) -> Tensor:
+    shape = reference.input_grad_shape(grad, weight, counts, size, padding, algorithm)
+    return torch.empty(
+        shape, dtype=grad.dtype, device=grad.device, memory_format=reference.memory_format(grad)
+    )
+
+
+class_input_grad = declare(
+    "class_input_grad(Tensor grad, Tensor weight, int[] counts, int[] size, int padding, "
+    "str algorithm) -> Tensor",
+    reference=reference.class_input_grad,
+    cpu=None,
+    cuda=_input_grad_cuda,
+    fake=_input_grad_fake,
+    kernels="class_weight_grad",
+)
+
+
+def _input_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    grad, weight, ctx.counts, _, ctx.padding, ctx.algorithm = inputs
+    ctx.kernel = weight.shape[3:]
+    ctx.save_for_backward(grad, weight)
+
+
+def _input_grad_backward(ctx: Any, x: Tensor) -> tuple[Any, ...]:
+    grad, weight = ctx.saved_tensors
+    by_grad = by_weight = None
+    if ctx.needs_input_grad[0]:
+        by_grad = class_conv(x, weight, ctx.counts, ctx.padding, ctx.algorithm)
+    if ctx.needs_input_grad[1]:
+        by_weight = class_weight_grad(x, grad, ctx.counts, ctx.kernel, ctx.padding, ctx.algorithm)
+    return by_grad, by_weight, None, None, None, None
+
+
+# --- by the weights -------------------------------------------------------------------------------
+
+
+def _weight_grad_cuda(kernels: Any, *arguments: Any) -> Any:
+    return kernels.class_weight_grad(*arguments)
+
+
+def _weight_grad_fake(
+    x: Tensor, grad: Tensor, counts: list[int], kernel: list[int], padding: int, algorithm: str
+) -> Tensor:
+    return x.new_empty(reference.weight_grad_shape(x, grad, counts, kernel, padding, algorithm))
+
+
+class_weight_grad = declare(
+    "class_weight_grad(Tensor x, Tensor grad, int[] counts, int[] kernel, int padding, "
+    "str algorithm) -> Tensor",
+    reference=reference.class_weight_grad,
+    cpu=None,
+    cuda=_weight_grad_cuda,
+    fake=_weight_grad_fake,
+    kernels="class_weight_grad",
+)
+
+
+def _weight_grad_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, grad, ctx.counts, _, ctx.padding, ctx.algorithm = inputs
+    ctx.size = x.shape[2:]
+    ctx.save_for_backward(x, grad)
+
+
+def _weight_grad_backward(ctx: Any, weight: Tensor) -> tuple[Any, ...]:
+    x, grad = ctx.saved_tensors
+    by_x = by_grad = None
+    if ctx.needs_input_grad[0]:
+        by_x = class_input_grad(grad, weight, ctx.counts, ctx.size, ctx.padding, ctx.algorithm)
+    if ctx.needs_input_grad[1]:
+        by_grad = class_conv(x, weight, ctx.counts, ctx.padding, ctx.algorithm)
+    return by_x, by_grad, None, None, None, None
+
+
+derivative("class_conv", _conv_backward, _conv_setup)
+derivative("class_input_grad", _input_grad_backward, _input_grad_setup)
+derivative("class_weight_grad", _weight_grad_backward, _weight_grad_setup)
