@@ -1,8 +1,8 @@
 """Gradient matching (DC, DSA): a whole outer iteration and its parts, one network, all classes.
 
     python benchmarks/bench_gradient_matching.py --out benchmarks/results/gradient_matching.csv
-    python benchmarks/bench_gradient_matching.py --tuned_allocator   # the same, glibc's malloc tuned
-    python benchmarks/bench_gradient_matching.py --peak              # memory, one process a provider
+    python benchmarks/bench_gradient_matching.py --tuned_allocator   # glibc's malloc tuned
+    python benchmarks/bench_gradient_matching.py --peak              # memory of each provider
 
 The baseline "eager" does what the official scripts do: a Python loop over classes, `create_graph`,
 the distance layer by layer, one `loss.backward()` that reaches the network's weights as well. With
@@ -162,7 +162,11 @@ def real_side(size: str, classes: int, options: argparse.Namespace) -> Case:
 
     def exact() -> list[Tensor]:
         found = engine.segment_gradients(
-            task.net.double(), torch.cat(images).double(), labels, counts, task.names,
+            task.net.double(),
+            torch.cat(images).double(),
+            labels,
+            counts,
+            task.names,
             path="general",
         )
         task.net.float()
@@ -356,8 +360,11 @@ def outer_iteration(
         mode="outer iteration",
         exact=exact,
         # The draws of the two sides differ with augmentation (the official seeds are its own).
-        providers={"eager": eager, "ddfast": ddfast, "ddfast direct": lambda: ddfast(
-            algorithm="direct")},
+        providers={
+            "eager": eager,
+            "ddfast": ddfast,
+            "ddfast direct": lambda: ddfast(algorithm="direct"),
+        },
         bytes=images.numel() * 4,
         rounds=3 if size == "full" else 9,
         device=options.device,
@@ -392,8 +399,13 @@ def one_iteration_at_1000_classes() -> None:
             task.net, x, labels, [task.batch] * len(few), task.names, "2GiB"
         )
         engine.match_gradients(
-            task.net, task.syn.detach()[few.start : few.stop], torch.tensor(few),
-            [1] * len(few), real, task.names, memory="2GiB",
+            task.net,
+            task.syn.detach()[few.start : few.stop],
+            torch.tensor(few),
+            [1] * len(few),
+            real,
+            task.names,
+            memory="2GiB",
         )
 
 
@@ -412,9 +424,7 @@ def synthetic_side_only(path: str) -> None:
         task.eager_backward(loss)
     else:
         counts = [task.ipc] * 100
-        engine.match_gradients(
-            task.net, task.syn.detach(), task.labels, counts, real, task.names
-        )
+        engine.match_gradients(task.net, task.syn.detach(), task.labels, counts, real, task.names)
     print(json.dumps({"before": begin}))
 
 

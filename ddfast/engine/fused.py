@@ -88,7 +88,7 @@ def forward_backward(
         )
         trace.outputs.append(z)
         trace.statistics.append((mean, rstd))
-    features = x.reshape(len(x), -1)
+    features = x.flatten(1)
     head = chain.head.weight.detach()
     logits = torch.nn.functional.linear(features, head, chain.head.bias.detach())
     probabilities = logits.softmax(1)
@@ -193,7 +193,7 @@ def tangent(chain: Chain, trace: Trace, direction: Mapping[str, Tensor], algorit
     assert p is not None
     logits: Tensor | None = None
     if moved is not None:
-        logits = moved.reshape(len(moved), -1) @ head.T
+        logits = moved.flatten(1) @ head.T
     turn = direction.get(f"{chain.head_name}.weight")
     if turn is not None:
         part = conv.class_conv(trace.features, turn, counts, 0, algorithm)
@@ -208,8 +208,7 @@ def tangent(chain: Chain, trace: Trace, direction: Mapping[str, Tensor], algorit
     by_logits_tangent *= trace.share.unsqueeze(1)
     g_tangent = by_logits_tangent @ head
     if turn is not None:
-        width = [trace.features.shape[1]]
-        g_tangent += conv.class_input_grad(by_logits, turn, counts, width, 0, algorithm)
+        g_tangent += conv.class_input_grad(by_logits, turn, counts, [], 0, algorithm)
 
     g_tangent = g_tangent.view(trace.by_pooled[-1].shape)
     if g_tangent.device.type == "cpu":

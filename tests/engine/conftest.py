@@ -24,7 +24,9 @@ def make(
     dtype: torch.dtype = torch.float64,
 ) -> ConvNet:
     """A ConvNet with affine parameters that are not 1 and 0."""
-    net = ConvNet(channels, classes, size, depth, width, norm, activation, pooling)
+    with torch.device("meta"):  # torch would draw weights from the global generator
+        net = ConvNet(channels, classes, size, depth, width, norm, activation, pooling)
+    net = net.to_empty(device="cpu")
     random = torch.Generator().manual_seed(7)
     initialise(net, random)
     net = net.to(dtype)

@@ -1,4 +1,4 @@
-"""The fused engine against autograd's double backward, in float64, over the whole ConvNet family."""
+"""The fused engine against autograd's double backward, in float64, over the ConvNet family."""
 
 from __future__ import annotations
 

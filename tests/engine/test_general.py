@@ -13,8 +13,30 @@ from ddfast.memory import FIRST_ORDER, SECOND_ORDER, activation_bytes
 COUNTS = [2, 0, 3, 1]
 
 
+class Residual(nn.Module):
+    """Strides, batch normalisation and a skip connection, as in ResNets, but small."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 6, 3, stride=2, padding=1, bias=False)
+        self.norm = nn.BatchNorm2d(6)
+        self.inner = nn.Conv2d(6, 6, 3, padding=1, groups=2)
+        self.head = nn.Linear(6, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.norm(self.stem(x)))
+        return self.head((x + torch.relu(self.inner(x))).mean((2, 3)))
+
+
 def network(name: str, size: tuple[int, int] = (8, 8)) -> nn.Module:
-    net = nets.build(name, 3, 4, size, torch.Generator().manual_seed(5)).double()
+    random = torch.Generator().manual_seed(5)
+    if name == "Residual":
+        with torch.device("meta"):
+            net = Residual()
+        net = net.to_empty(device="cpu").double()
+        nets.initialise(net, random)
+    else:
+        net = nets.build(name, 3, 4, size, random).double()
     if nets.has_batchnorm(net):  # the frozen-statistics rule: one pass, then evaluation mode
         net(torch.randn(16, 3, *size, generator=torch.Generator().manual_seed(6)).double())
         for module in net.modules():
@@ -23,12 +45,10 @@ def network(name: str, size: tuple[int, int] = (8, 8)) -> nn.Module:
     return net
 
 
-@pytest.mark.parametrize(
-    "name", ["MLP", "ResNet18", "ResNet18BN", "ConvNetD2W8BN", "ConvNetD2W8LN", "VGG11"]
-)
+@pytest.mark.parametrize("name", ["MLP", "Residual", "ConvNetD2W8BN", "ConvNetD2W8LN", "LeNet"])
 @pytest.mark.parametrize("at_once", [None, 2])
 def test_equals_double_backward(engine_tools, name, at_once) -> None:
-    size = (32, 32) if name == "VGG11" else (8, 8)
+    size = (32, 32) if name == "LeNet" else (8, 8)
     net = network(name, size)
     images, labels = engine_tools.batch(COUNTS, (3, *size))
     names = engine.weight_names(net)
@@ -42,9 +62,7 @@ def test_equals_double_backward(engine_tools, name, at_once) -> None:
         assert engine_tools.relative(ours, theirs) < 1e-10
     real = engine_tools.real_gradients(net, names, 4)
     losses, gradient = engine.match_gradients(net, images, labels, COUNTS, real, memory=memory)
-    exact_losses, expected = engine_tools.double_backward(
-        net, images, labels, COUNTS, real, names
-    )
+    exact_losses, expected = engine_tools.double_backward(net, images, labels, COUNTS, real, names)
     assert engine_tools.relative(losses, exact_losses) < 1e-10
     assert engine_tools.relative(gradient, expected) < 1e-10
 
@@ -53,16 +71,19 @@ def test_a_layer_that_the_loss_does_not_reach_has_zeros(engine_tools) -> None:
     class Idle(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.used, self.idle = nn.Linear(12, 4), nn.Linear(12, 4)
+            random = torch.Generator().manual_seed(1)
+            self.used, self.idle = (
+                nn.Parameter(torch.randn(4, 12, generator=random).double()) for _ in range(2)
+            )
 
         def forward(self, x):
-            return self.used(x.flatten(1))
+            return x.flatten(1) @ self.used.T
 
-    net = Idle().double()
+    net = Idle()
     images, labels = engine_tools.batch([2, 1, 1, 1], (3, 2, 2))
     found = engine.class_gradients(net, images, labels, 4)
-    assert found[0].abs().max() > 0 and not found[2].any() and not found[3].any()
-    real = [torch.rand_like(g) for g in found]
+    assert found[0].abs().max() > 0 and not found[1].any()
+    real = [g + 1 for g in found]
     losses, gradient = engine.match_gradients(
         net, images, labels, [2, 1, 1, 1], real, engine.weight_names(net, "all"), "mse"
     )
@@ -143,11 +164,11 @@ def test_what_is_wrong_is_named(engine_tools) -> None:
     refused(r"real: got .* for features.0.weight", real=[real[0][:1], *real[1:]])
     refused("names: got .*nothing", names=("nothing",))
     refused("names: got none", names=())
-    refused("metric: got 'far'", metric="far")
+    refused("metric: got 'far'", metric="far", names=names)
     refused("path: got 'fast'", path="fast")
     refused("algorithm: got 'fft'", algorithm="fft")
     refused("memory: the budget of 10 bytes is too small", memory=10)
-    refused("path: 'fused' cannot serve", net=network("MLP"), path="fused")
+    refused("path: 'fused' cannot serve", net=network("ConvNetD2W8LN"), path="fused", names=names)
     refused("batch normalisation .* is in training mode", net=network("ConvNetD2W8BN").train())
     refused("dropout .* is in training mode", net=nn.Sequential(nn.Dropout(), net))
     with pytest.raises(ValueError, match="num_classes: got 1, and the largest label is 1"):
@@ -158,7 +179,7 @@ def test_what_is_wrong_is_named(engine_tools) -> None:
         engine.weight_names(net, "dense")
     with pytest.raises(ValueError, match="has no parameters of kind 'conv'"):
         engine.weight_names(network("MLP"), "conv")
-    with pytest.raises(NotImplementedError, match="torch.func"):
+    with pytest.raises(NotImplementedError, match=r"torch\.func"):
         torch.func.grad(lambda x: engine.match_gradients(net, x, labels, [2, 2], real)[0].sum())(
             images
         )
