@@ -42,8 +42,10 @@ def _arguments(block: Block, statistics: tuple[Tensor, Tensor]) -> tuple[object,
 
 def _spread(values: Tensor, counts: Sequence[int]) -> Tensor:
     """(segments, ...) -> (N, ...): each segment's values for every one of its images."""
-    sizes = torch.tensor(list(counts), device=values.device)
-    return values.repeat_interleave(sizes, 0, output_size=sum(counts))
+    if len(set(counts)) == 1:
+        return values.repeat_interleave(counts[0], 0)
+    # Not repeat_interleave with a tensor of counts: a copy to the GPU would have to wait.
+    return torch.cat([v.expand(n, *v.shape) for v, n in zip(values, counts, strict=True)])
 
 
 def _segment_sum(values: Tensor, counts: Sequence[int]) -> Tensor:

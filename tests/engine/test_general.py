@@ -167,6 +167,8 @@ def test_what_is_wrong_is_named(engine_tools) -> None:
     refused("metric: got 'far'", metric="far", names=names)
     refused("path: got 'fast'", path="fast")
     refused("algorithm: got 'fft'", algorithm="fft")
+    refused("graph: CUDA graphs need tensors on a GPU", graph=True)
+    refused("graph: only the fused path", graph=True, path="general")
     refused("memory: the budget of 10 bytes is too small", memory=10)
     refused("path: 'fused' cannot serve", net=network("ConvNetD2W8LN"), path="fused", names=names)
     refused("batch normalisation .* is in training mode", net=network("ConvNetD2W8BN").train())
