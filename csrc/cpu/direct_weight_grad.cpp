@@ -102,6 +102,7 @@ template <typename T> struct weight_grad_plan {
     const int64_t skipped = first_row * g.out_width;  // output pixels before the block
     t.b = (grad_copied ? grad - skipped * grad_step : b.grad) + panel * panel_width<T>;
     t.b_step = grad_step;
+    t.add = true;
     t.c_step = vectors * width<T>;
     T *c = sums + panel_offset<T>(g, panel) + tap * depth * t.c_step;
     if (!rows_copied) {

@@ -112,6 +112,7 @@ template <typename T> struct transposed_arguments {
   int64_t a_step, b_step, count;
   T *c;
   int64_t c_step;
+  bool add;  // false: C is written, not read
 };
 
 template <typename T, int rows, int vectors> void transposed(const transposed_arguments<T> &x) {
@@ -136,7 +137,8 @@ template <typename T, int rows, int vectors> void transposed(const transposed_ar
 #pragma GCC unroll 4
     for (int j = 0; j < vectors; ++j) {
       T *c = x.c + r * x.c_step + j * width<T>;
-      write(c, read(c) + sum[r][j]);
+      const v before = x.add ? read(c) : v{};
+      write(c, before + sum[r][j]);
     }
 }
 
