@@ -66,7 +66,7 @@ template <typename T> struct direct_plan {
   static void multiply(const rows_of_block &x, const T *b, int64_t vectors, int64_t pieces, int64_t step,
                        int64_t depth, bool add) {
     times_arguments<T> t;
-    t.b = b;
+    t.b = t.ahead = b;
     t.pieces = pieces;
     t.step = step;
     t.depth = depth;
@@ -143,7 +143,7 @@ template <typename T> struct direct_plan {
       T *c = in_place() ? to : tile_memory;
       const int64_t c_step = in_place() ? g.outputs : vectors * width<T>;
       times_arguments<T> t;
-      t.b = b + panel_offset<T>(g, panel);
+      t.b = t.ahead = b + panel_offset<T>(g, panel);
       t.pieces = g.kernel_height;
       t.step = row;
       t.depth = g.kernel_width * g.channels;

@@ -35,6 +35,7 @@ template <> struct simd<double> {
 template <typename T> using vec = typename simd<T>::vector;
 template <typename T> constexpr int64_t width = vector_bytes / int64_t(sizeof(T));
 template <typename T> constexpr int64_t panel_width = most_vectors *width<T>;
+template <typename T> constexpr int64_t line = 64 / int64_t(sizeof(T));  // of a cache
 
 template <typename T> inline vec<T> read(const T *from) {
   vec<T> v;
@@ -62,7 +63,8 @@ template <typename T> struct times_arguments {
   T *c[8];
   const T *b;
   int64_t pieces, step, depth;
-  bool add;  // false: C is written, not read
+  bool add;         // false: C is written, not read
+  const T *ahead;   // a line of this is fetched per step of depth; b where there is nothing to fetch
 };
 
 template <typename T, int rows, int vectors> void times(const times_arguments<T> &x) {
@@ -75,13 +77,15 @@ template <typename T, int rows, int vectors> void times(const times_arguments<T>
   const T *a[rows];
 #pragma GCC unroll 8
   for (int r = 0; r < rows; ++r) a[r] = x.a[r];
-  const T *b = x.b;
+  const T *b = x.b, *ahead = x.ahead;
   for (int64_t piece = 0;;) {
     for (int64_t k = 0; k < x.depth; ++k) {
       v columns[vectors];
 #pragma GCC unroll 4
       for (int j = 0; j < vectors; ++j) columns[j] = read(b + j * width<T>);
       b += vectors * width<T>;
+      __builtin_prefetch(ahead, 0, 2);
+      ahead += line<T>;
 #pragma GCC unroll 8
       for (int r = 0; r < rows; ++r) {
         const T scalar = a[r][k];
@@ -122,6 +126,9 @@ template <typename T, int rows, int vectors> void transposed(const transposed_ar
   for (int r = 0; r < rows; ++r)
 #pragma GCC unroll 4
     for (int j = 0; j < vectors; ++j) sum[r][j] = v{};
+  if (x.add)  // the rows of C are needed when the sum is done
+    for (int r = 0; r < rows; ++r)
+      for (int64_t j = 0; j < vectors * width<T>; j += line<T>) __builtin_prefetch(x.c + r * x.c_step + j, 1, 3);
   for (int64_t n = 0; n < x.count; ++n) {
     const T *a = x.a + x.a_at[n] * x.a_step, *b = x.b + x.b_at[n] * x.b_step;
     v columns[vectors];

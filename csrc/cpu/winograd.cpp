@@ -21,8 +21,9 @@ template <typename T> struct winograd_plan {
   int64_t across, tiles_of_image;  // tiles in a row, in an image
   int64_t tiles;                   // in a block
   int64_t panel_count;
+  T *zeros;  // channels of a pixel outside
 
-  winograd_plan(const class_conv_arguments &x, int64_t parts)
+  winograd_plan(const class_conv_arguments &x, int64_t parts, arena &memory)
       : g(geometry_of(x)),
         across(g.width / 4),
         tiles_of_image(g.pixels() / 16),
@@ -30,13 +31,18 @@ template <typename T> struct winograd_plan {
     int64_t images = 0;
     for (int64_t c = 0; c < x.classes; ++c) images = most(images, x.first[c + 1] - x.first[c]);
     tiles = most(1, least(block_tiles, ceiling(images * tiles_of_image, parts)));
+    zeros = memory.take<T>(g.channels);
   }
+  void fill() const { memset(zeros, 0, size_t(g.channels) * sizeof(T)); }
 
-  int64_t transformed_size() const { return 36 * padded<T>(g.outputs) * g.channels; }
   // Where panel and element p of transformed weights begin: [panel][p][channel][column].
-  int64_t transformed_at(int64_t panel, int64_t p) const {
-    return (36 * panel * panel_width<T> + p * vectors_of<T>(g.outputs, panel) * width<T>) * g.channels;
+  int64_t transformed_step(int64_t panel) const {
+    return matrix_step<T>(vectors_of<T>(g.outputs, panel) * width<T> * g.channels);
   }
+  int64_t transformed_at(int64_t panel, int64_t p) const {
+    return 36 * panel * matrix_step<T>(panel_width<T> * g.channels) + p * transformed_step(panel);
+  }
+  int64_t transformed_size() const { return transformed_at(panel_count, 0); }
   int64_t input_row() const { return padded<T>(g.channels); }
   int64_t input_step() const { return matrix_step<T>(tiles * input_row()); }
 
@@ -51,10 +57,12 @@ template <typename T> struct winograd_plan {
   // Tile `tile` of a class's images, all channels, into row t of the 36 matrices.
   void transform_input(const T *images, int64_t tile, int64_t t, T *to) const {
     const place at = find(tile);
-    const T *image = images + at.image * g.pixels() * g.channels;
-    for (int64_t k = 0; k < g.channels; k += width<T>)
-      transform_input_tile(image + k, g.height, g.width, g.channels, at.y, at.x, g.channels - k,
-                           to + t * input_row() + k, input_step());
+    const T *from[36];
+    find_inputs(images + at.image * g.pixels() * g.channels, g.height, g.width, g.channels, at.y, at.x, zeros, from);
+    to += t * input_row();
+    int64_t k = 0;
+    for (; k + width<T> <= g.channels; k += width<T>) transform_input_tile<T, true>(from, k, 0, to + k, input_step());
+    if (k < g.channels) transform_input_tile<T, false>(from, k, g.channels - k, to + k, input_step());
   }
 
   // Output channels of one panel, from its 36 matrices.
@@ -71,7 +79,7 @@ template <typename T> struct winograd_plan {
   void transform_weights(const T *weight, const weight_strides &s, int64_t panel, int64_t k_first, int64_t k_end,
                          T *to) const {
     const int64_t first = panel * panel_width<T>, columns = vectors_of<T>(g.outputs, panel) * width<T>;
-    const int64_t step = columns * g.channels;
+    const int64_t step = transformed_step(panel);
     to += transformed_at(panel, 0);
     for (int64_t j = 0; j < columns; j += width<T>) {
       const int64_t count = least(width<T>, g.outputs - first - j);
@@ -93,7 +101,7 @@ template <typename T> struct winograd_plan {
       const int64_t count = least(width<T>, g.outputs - first - j);
       for (int64_t k = k_first; k < k_end; ++k) {
         T taps[9 * width<T>];
-        transform_weight_gradient(sums + k * columns + j, columns * g.channels, taps, width<T>);
+        transform_weight_gradient(sums + k * columns + j, transformed_step(panel), taps, width<T>);
         T *to = weight + ((first + j) * g.channels + k) * 9;
         for (int64_t l = 0; l < count; ++l)
           for (int64_t t = 0; t < 9; ++t) to[l * g.channels * 9 + t] = taps[t * width<T> + l];
@@ -110,7 +118,7 @@ template <typename T> struct winograd_conv_plan : winograd_plan<T> {
   int64_t classes_at_once, local_elements;
   T *weights, *local;
 
-  winograd_conv_plan(const class_conv_arguments &x, arena &memory) : base(x, x.threads) {
+  winograd_conv_plan(const class_conv_arguments &x, arena &memory) : base(x, x.threads, memory) {
     classes_at_once = x.threads > 1 ? 2 * x.threads : 1;
     weights = memory.take<T>(classes_at_once * base::transformed_size());
     local_elements = 36 * (base::input_step() + product_step());
@@ -139,8 +147,12 @@ template <typename T> struct winograd_conv_plan : winograd_plan<T> {
           t.b = b + k * columns;
           t.depth = least(depth_chunk, g.channels - k);
           t.add = k > 0;
+          // What comes next is fetched into the second cache meanwhile, one line per step of depth.
+          const T *next = t.b + t.depth * columns, *end = next + t.depth * columns;
           for (int64_t r = 0; r < count;) {
             const int64_t rows = next_rows(count - r, most_rows[vectors]);
+            t.ahead = next < end ? next : t.b;
+            next += t.depth * line<T>;
             for (int64_t i = 0; i < rows; ++i) {
               t.a[i] = v + p * base::input_step() + (r + i) * base::input_row() + k;
               t.c[i] = products + p * product_step() + (r + i) * columns;
@@ -159,6 +171,7 @@ template <typename T> struct winograd_conv_plan : winograd_plan<T> {
 template <typename T> void run_conv(const class_conv_arguments &x) {
   arena memory{static_cast<char *>(x.scratch)};
   const winograd_conv_plan<T> plan(x, memory);
+  plan.fill();
   const conv_geometry &g = plan.g;
   const weight_strides s = strides_of(g, x.product == conv_by_input);
   const int64_t parts = ceiling(g.channels, 16) * plan.panel_count;
@@ -206,7 +219,7 @@ template <typename T> struct winograd_weight_plan : winograd_plan<T> {
   T *sums, *input, *grad;
   int32_t *rows;
 
-  winograd_weight_plan(const class_conv_arguments &x, arena &memory) : base(x, 1) {
+  winograd_weight_plan(const class_conv_arguments &x, arena &memory) : base(x, 1, memory) {
     sums = memory.take<T>(base::transformed_size());
     input = memory.take<T>(36 * base::input_step());
     grad = memory.take<T>(36 * grad_step());
@@ -253,6 +266,7 @@ template <typename T> struct winograd_weight_plan : winograd_plan<T> {
 template <typename T> void run_weight_grad(const class_conv_arguments &x) {
   arena memory{static_cast<char *>(x.scratch)};
   const winograd_weight_plan<T> plan(x, memory);
+  plan.fill();
   const conv_geometry &g = plan.g;
   const int64_t weight_elements = g.outputs * g.channels * 9, parts = ceiling(g.channels, 16) * plan.panel_count;
   for (int64_t t = 0; t < plan.tiles; ++t) plan.rows[t] = int32_t(t);

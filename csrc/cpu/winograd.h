@@ -13,7 +13,9 @@ namespace ddfast {
 namespace DDFAST_LEVEL {
 namespace {
 
-constexpr double point_a = 1, point_b = 2;
+// With 3/4 and 3/2 the rounding error is half of that with the usual 1 and 2: they and their squares
+// are exact, and the factors are closer to each other.
+constexpr double point_a = 0.75, point_b = 1.5;
 constexpr double a2 = point_a * point_a, b2 = point_b * point_b;
 // The factors of G: one over the product of a point's differences to the others.
 constexpr double norm_0 = 1 / (a2 * b2), norm_a = 1 / (2 * a2 * (a2 - b2)), norm_b = 1 / (2 * b2 * (b2 - a2));
@@ -81,18 +83,28 @@ template <typename T, typename V> inline void weight_gradient_transform(const V 
   to[2] = sum_a * T(a2) + (sum_b * T(b2) + u[5 * step]);
 }
 
-// The 6x6 inputs of one tile and vector of channels, transformed; element p goes to to[p * step].
+// The 36 inputs of the tile at (y, x): where each pixel's channels begin, `zeros` outside.
 template <typename T>
-inline void transform_input_tile(const T *image, int64_t height, int64_t columns, int64_t channels, int64_t y,
-                                 int64_t px, int64_t count, T *to, int64_t step) {
+inline void find_inputs(const T *image, int64_t height, int64_t columns, int64_t channels, int64_t y, int64_t x,
+                        const T *zeros, const T **to) {
+  for (int64_t r = 0; r < 6; ++r)
+    for (int64_t i = 0; i < 6; ++i) {
+      const int64_t yy = y - 1 + r, xx = x - 1 + i;
+      const bool inside = yy >= 0 && yy < height && xx >= 0 && xx < columns;
+      to[r * 6 + i] = inside ? image + (yy * columns + xx) * channels : zeros;
+    }
+}
+
+// The inputs of one tile and vector of channels, transformed; element p goes to to[p * step].
+template <typename T, bool whole>
+inline void transform_input_tile(const T *const *from, int64_t k, int64_t count, T *to, int64_t step) {
   typedef vec<T> V;
   V half[36];
-  for (int64_t x = 0; x < 6; ++x) {
+  for (int x = 0; x < 6; ++x) {
     V d[6], column[6];
-    for (int64_t r = 0; r < 6; ++r) {
-      const int64_t yy = y - 1 + r, xx = px - 1 + x;
-      const bool inside = yy >= 0 && yy < height && xx >= 0 && xx < columns;
-      d[r] = inside ? read_some(image + (yy * columns + xx) * channels, count) : V{};
+    for (int r = 0; r < 6; ++r) {
+      const T *at = from[r * 6 + x] + k;
+      d[r] = whole ? read(at) : read_some(at, count);
     }
     input_transform<T>(d, 1, column);
     for (int r = 0; r < 6; ++r) half[r * 6 + x] = column[r];
