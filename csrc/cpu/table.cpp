@@ -15,6 +15,10 @@ void gradient_distance(const gradient_distance_arguments &);
 void gradient_distance_second(const gradient_distance_arguments &);
 void class_mean(const class_mean_arguments &);
 int64_t augment(const augment_arguments &);
+void norm_relu_pool(const norm_relu_pool_arguments &);
+void norm_relu_pool_bwd(const norm_relu_pool_arguments &);
+void norm_relu_pool_tangent(const norm_relu_pool_arguments &);
+void norm_relu_pool_tangent_bwd(const norm_relu_pool_arguments &);
 }  // namespace DDFAST_LEVEL
 
 const kernel_table *DDFAST_JOIN(kernel_table_, DDFAST_LEVEL)() {
@@ -24,6 +28,10 @@ const kernel_table *DDFAST_JOIN(kernel_table_, DDFAST_LEVEL)() {
       DDFAST_LEVEL::gradient_distance_second,
       DDFAST_LEVEL::class_mean,
       DDFAST_LEVEL::augment,
+      DDFAST_LEVEL::norm_relu_pool,
+      DDFAST_LEVEL::norm_relu_pool_bwd,
+      DDFAST_LEVEL::norm_relu_pool_tangent,
+      DDFAST_LEVEL::norm_relu_pool_tangent_bwd,
   };
   return &table;
 }
