@@ -139,6 +139,42 @@ void class_conv(int type, int product, bool winograd, std::uintptr_t images, std
   active->class_conv(arguments);
 }
 
+// One of the four operators. tensors: x, tangent, grad, grad_tangent, weight, bias, weight_tangent,
+// bias_tangent, mean, rstd, out, out_weight, out_bias; strides: of the two tangents.
+template <void (*kernel_table::*member)(const ddfast::norm_relu_pool_arguments &)>
+void norm_relu_pool(int type, bool channels_last, const std::array<std::int64_t, 4> &shape, std::int64_t groups,
+                    double eps, int activation, int pool, const std::array<std::uintptr_t, 13> &tensors,
+                    const std::array<std::int64_t, 2> &strides, int threads) {
+  const ddfast::norm_relu_pool_arguments arguments{type,
+                                                   channels_last,
+                                                   shape[0],
+                                                   shape[1],
+                                                   shape[2],
+                                                   shape[3],
+                                                   groups,
+                                                   eps,
+                                                   activation,
+                                                   pool,
+                                                   pointer(tensors[0]),
+                                                   pointer(tensors[1]),
+                                                   pointer(tensors[2]),
+                                                   pointer(tensors[3]),
+                                                   pointer(tensors[4]),
+                                                   pointer(tensors[5]),
+                                                   pointer(tensors[6]),
+                                                   pointer(tensors[7]),
+                                                   strides[0],
+                                                   strides[1],
+                                                   pointer(tensors[8]),
+                                                   pointer(tensors[9]),
+                                                   pointer(tensors[10]),
+                                                   pointer(tensors[11]),
+                                                   pointer(tensors[12]),
+                                                   threads};
+  py::gil_scoped_release release;
+  (active->*member)(arguments);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -158,4 +194,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("class_mean", &class_mean);
   m.def("augment", &augment);
   m.def("class_conv", &class_conv);
+  m.def("norm_relu_pool", &norm_relu_pool<&kernel_table::norm_relu_pool>);
+  m.def("norm_relu_pool_bwd", &norm_relu_pool<&kernel_table::norm_relu_pool_bwd>);
+  m.def("norm_relu_pool_tangent", &norm_relu_pool<&kernel_table::norm_relu_pool_tangent>);
+  m.def("norm_relu_pool_tangent_bwd", &norm_relu_pool<&kernel_table::norm_relu_pool_tangent_bwd>);
 }

@@ -98,6 +98,24 @@ struct class_conv_arguments {
   int threads;
 };
 
+// Images x channels x height x width, contiguous or channels_last; a missing tensor is null.
+struct norm_relu_pool_arguments {
+  int type;  // float32 or float64, of every tensor
+  bool channels_last;
+  int64_t images, channels, height, width;
+  int64_t groups;  // 0: no normalisation
+  double eps;
+  int activation;  // relu, leaky_relu, sigmoid, swish
+  int pool;        // average, max, none
+  const void *x, *tangent, *grad, *grad_tangent;
+  const void *weight, *bias, *weight_tangent, *bias_tangent;  // per channel
+  int64_t weight_tangent_stride, bias_tangent_stride;         // from image to image, 0: shared
+  void *mean, *rstd;                                          // images x groups
+  void *out;
+  void *out_weight, *out_bias;  // images x channels
+  int threads;
+};
+
 struct kernel_table {
   const char *level;
   // value = distance; out_syn, out_real = scale * its gradient
@@ -109,6 +127,10 @@ struct kernel_table {
   int64_t (*augment)(const augment_arguments &);
   int64_t (*class_conv_scratch)(const class_conv_arguments &);
   void (*class_conv)(const class_conv_arguments &);
+  void (*norm_relu_pool)(const norm_relu_pool_arguments &);
+  void (*norm_relu_pool_bwd)(const norm_relu_pool_arguments &);
+  void (*norm_relu_pool_tangent)(const norm_relu_pool_arguments &);
+  void (*norm_relu_pool_tangent_bwd)(const norm_relu_pool_arguments &);
 };
 
 // Defined once per level in table.cpp.

@@ -17,6 +17,10 @@ void class_mean(const class_mean_arguments &);
 int64_t augment(const augment_arguments &);
 int64_t class_conv_scratch(const class_conv_arguments &);
 void class_conv(const class_conv_arguments &);
+void norm_relu_pool(const norm_relu_pool_arguments &);
+void norm_relu_pool_bwd(const norm_relu_pool_arguments &);
+void norm_relu_pool_tangent(const norm_relu_pool_arguments &);
+void norm_relu_pool_tangent_bwd(const norm_relu_pool_arguments &);
 }  // namespace DDFAST_LEVEL
 
 const kernel_table *DDFAST_JOIN(kernel_table_, DDFAST_LEVEL)() {
@@ -28,6 +32,10 @@ const kernel_table *DDFAST_JOIN(kernel_table_, DDFAST_LEVEL)() {
       DDFAST_LEVEL::augment,
       DDFAST_LEVEL::class_conv_scratch,
       DDFAST_LEVEL::class_conv,
+      DDFAST_LEVEL::norm_relu_pool,
+      DDFAST_LEVEL::norm_relu_pool_bwd,
+      DDFAST_LEVEL::norm_relu_pool_tangent,
+      DDFAST_LEVEL::norm_relu_pool_tangent_bwd,
   };
   return &table;
 }

@@ -242,8 +242,7 @@ def _derivatives(y: Tensor, activation: str) -> tuple[Tensor, Tensor, Tensor]:
     a = _activated(y, activation)
     if activation in ("relu", "leaky_relu"):
         low = 0.0 if activation == "relu" else SLOPE
-        # Not where(y > 0, 1.0, low): two plain numbers give float32, and 0.01 would be rounded.
-        first = torch.where(y > 0, torch.ones_like(y), low)
+        first = torch.full_like(y, low).masked_fill(y > 0, 1.0)
         return a, first, torch.zeros_like(y)
     s = torch.sigmoid(y)
     slope = s * (1 - s)

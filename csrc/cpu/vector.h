@@ -1,0 +1,175 @@
+// Vectors as wide as the level's registers, on GCC's and clang's vector extensions: arithmetic,
+// comparison and `mask ? a : b` come with them.
+#pragma once
+
+#include "common.h"
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+namespace ddfast {
+namespace DDFAST_LEVEL {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int64_t vector_bytes = 64;
+#elif defined(__AVX__)
+constexpr int64_t vector_bytes = 32;
+#else
+constexpr int64_t vector_bytes = 16;
+#endif
+
+template <typename T> struct vectors;
+template <> struct vectors<float> {
+  typedef float value __attribute__((vector_size(vector_bytes)));
+  typedef int32_t mask __attribute__((vector_size(vector_bytes)));
+};
+template <> struct vectors<double> {
+  typedef double value __attribute__((vector_size(vector_bytes)));
+  typedef int64_t mask __attribute__((vector_size(vector_bytes)));
+};
+template <typename T> using vector = typename vectors<T>::value;
+template <typename T> using vector_mask = typename vectors<T>::mask;
+template <typename T> constexpr int64_t width_of = vector_bytes / int64_t(sizeof(T));
+
+#define DDFAST_INLINE inline __attribute__((always_inline))
+
+template <typename T> DDFAST_INLINE vector<T> read(const T *source) {
+  vector<T> value;
+  memcpy(&value, source, sizeof value);
+  return value;
+}
+template <typename T> DDFAST_INLINE void write(T *target, vector<T> value) { memcpy(target, &value, sizeof value); }
+template <typename T> DDFAST_INLINE vector<T> broadcast(T value) { return value - vector<T>{}; }
+
+// e^x to a few units in the last place; beyond +-87 (float) or +-700 it stays at the end's value,
+// which is finite.
+DDFAST_INLINE vector<float> exponential(vector<float> x) {
+  const vector<float> low = broadcast(-87.3f), high = broadcast(88.3f);
+  x = x > high ? high : x;
+  x = x < low ? low : x;
+  // Adding 1.5 * 2^23 rounds to an integer and leaves it in the lowest bits.
+  const vector<float> magic = broadcast(12582912.0f), shifted = x * 1.44269504f + magic, n = shifted - magic;
+  const vector<float> r = (x - n * 0.693359375f) + n * 2.12194440e-4f;  // ln 2 in two parts
+  vector<float> p = broadcast(1.0f / 5040) * r + 1.0f / 720;
+  p = p * r + 1.0f / 120;
+  p = p * r + 1.0f / 24;
+  p = p * r + 1.0f / 6;
+  p = p * r + 0.5f;
+  p = (p * r) * r + r + 1.0f;
+  const vector_mask<float> exponent = (vector_mask<float>(shifted) - vector_mask<float>(magic) + 127) << 23;
+  return p * vector<float>(exponent);
+}
+DDFAST_INLINE vector<double> exponential(vector<double> x) {
+  const vector<double> low = broadcast(-700.0), high = broadcast(700.0);
+  x = x > high ? high : x;
+  x = x < low ? low : x;
+  for (int64_t k = 0; k < width_of<double>; ++k) x[k] = exp(x[k]);
+  return x;
+}
+
+// a > b ? a : b, so b where either is NaN. One instruction, which GCC 12 does not find by itself.
+template <typename V> DDFAST_INLINE V larger(V a, V b) { return a > b ? a : b; }
+#if defined(__AVX512F__)
+template <> DDFAST_INLINE vector<float> larger(vector<float> a, vector<float> b) { return _mm512_max_ps(a, b); }
+template <> DDFAST_INLINE vector<double> larger(vector<double> a, vector<double> b) { return _mm512_max_pd(a, b); }
+#endif
+
+DDFAST_INLINE float root(float x) { return sqrtf(x); }
+DDFAST_INLINE double root(double x) { return sqrt(x); }
+
+// (sum, low) += value, where low collects what rounding takes from sum.
+template <typename T> DDFAST_INLINE void add_exactly(T *sum, T *low, vector<T> value) {
+  const vector<T> before = read(sum), after = before + value, added = after - before;
+  write(sum, after);
+  write(low, read(low) + ((before - (after - added)) + (value - added)));
+}
+
+// --- transposition ---
+
+#ifdef __clang__
+#define DDFAST_SHUFFLE(T, a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define DDFAST_SHUFFLE(T, a, b, ...) __builtin_shuffle(a, b, vector_mask<T>{__VA_ARGS__})
+#endif
+
+// The first (last) halves of a and b, alternating.
+#if defined(__AVX512F__)
+DDFAST_INLINE vector<float> first_halves(vector<float> a, vector<float> b) {
+  return DDFAST_SHUFFLE(float, a, b, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+}
+DDFAST_INLINE vector<float> last_halves(vector<float> a, vector<float> b) {
+  return DDFAST_SHUFFLE(float, a, b, 8, 24, 9, 25, 10, 26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+}
+DDFAST_INLINE vector<double> first_halves(vector<double> a, vector<double> b) {
+  return DDFAST_SHUFFLE(double, a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+}
+DDFAST_INLINE vector<double> last_halves(vector<double> a, vector<double> b) {
+  return DDFAST_SHUFFLE(double, a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+}
+#elif defined(__AVX__)
+DDFAST_INLINE vector<float> first_halves(vector<float> a, vector<float> b) {
+  return DDFAST_SHUFFLE(float, a, b, 0, 8, 1, 9, 2, 10, 3, 11);
+}
+DDFAST_INLINE vector<float> last_halves(vector<float> a, vector<float> b) {
+  return DDFAST_SHUFFLE(float, a, b, 4, 12, 5, 13, 6, 14, 7, 15);
+}
+DDFAST_INLINE vector<double> first_halves(vector<double> a, vector<double> b) {
+  return DDFAST_SHUFFLE(double, a, b, 0, 4, 1, 5);
+}
+DDFAST_INLINE vector<double> last_halves(vector<double> a, vector<double> b) {
+  return DDFAST_SHUFFLE(double, a, b, 2, 6, 3, 7);
+}
+#else
+DDFAST_INLINE vector<float> first_halves(vector<float> a, vector<float> b) {
+  return DDFAST_SHUFFLE(float, a, b, 0, 4, 1, 5);
+}
+DDFAST_INLINE vector<float> last_halves(vector<float> a, vector<float> b) {
+  return DDFAST_SHUFFLE(float, a, b, 2, 6, 3, 7);
+}
+DDFAST_INLINE vector<double> first_halves(vector<double> a, vector<double> b) {
+  return DDFAST_SHUFFLE(double, a, b, 0, 2);
+}
+DDFAST_INLINE vector<double> last_halves(vector<double> a, vector<double> b) {
+  return DDFAST_SHUFFLE(double, a, b, 1, 3);
+}
+#endif
+
+// A square of width_of<T> rows, transposed in registers.
+template <typename T>
+DDFAST_INLINE void transpose_square(const T *source, int64_t source_row, T *target, int64_t target_row) {
+  constexpr int64_t n = width_of<T>;
+  vector<T> a[n], b[n];
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < n; ++i) a[i] = read(source + i * source_row);
+#pragma GCC unroll 4
+  for (int64_t round = 1; round < n; round *= 2) {
+#pragma GCC unroll 8
+    for (int64_t i = 0; i < n / 2; ++i) {
+      b[2 * i] = first_halves(a[i], a[i + n / 2]);
+      b[2 * i + 1] = last_halves(a[i], a[i + n / 2]);
+    }
+#pragma GCC unroll 16
+    for (int64_t i = 0; i < n; ++i) a[i] = b[i];
+  }
+#pragma GCC unroll 16
+  for (int64_t i = 0; i < n; ++i) write(target + i * target_row, a[i]);
+}
+
+// target[c][r] = source[r][c].
+template <typename T>
+void transpose(const T *source, int64_t source_row, int64_t rows, int64_t columns, T *target, int64_t target_row) {
+  constexpr int64_t n = width_of<T>;
+  const int64_t whole_rows = rows / n * n, whole_columns = columns / n * n;
+  for (int64_t r = 0; r < whole_rows; r += n)
+    for (int64_t c = 0; c < whole_columns; c += n)
+      transpose_square(source + r * source_row + c, source_row, target + c * target_row + r, target_row);
+  for (int64_t r = 0; r < rows; ++r)
+    for (int64_t c = r < whole_rows ? whole_columns : 0; c < columns; ++c)
+      target[c * target_row + r] = source[r * source_row + c];
+}
+
+}  // namespace
+}  // namespace DDFAST_LEVEL
+}  // namespace ddfast
