@@ -142,7 +142,7 @@ def test_directional_derivative_by_finite_differences(engine_tools) -> None:
     torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("algorithm", ["direct", "auto"])
+@pytest.mark.parametrize("algorithm", ["direct", "winograd", "auto"])
 @pytest.mark.parametrize("seed", range(3))
 def test_float32_per_image(engine_tools, seed, algorithm) -> None:
     """Median error below 1e-5; few images above 1e-4, those where a ReLU input is almost zero."""
