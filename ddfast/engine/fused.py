@@ -17,6 +17,7 @@ from torch import Tensor
 from ddfast.engine.chain import Block, Chain
 from ddfast.engine.segments import check_labels
 from ddfast.ops import class_weight_grad as conv
+from ddfast.ops import first_block as first
 from ddfast.ops import norm_relu_pool as norm
 
 
@@ -75,16 +76,33 @@ def forward_backward(
     names: Sequence[str],
     algorithm: str,
     keep: bool,
+    recompute: bool = False,
 ) -> tuple[dict[str, Tensor], Trace]:
-    """Weight gradients (segments, *shape) by name; the trace is complete only with `keep`."""
+    """Weight gradients (segments, *shape) by name; the trace is complete only with `keep`.
+
+    Args:
+        recompute: not to store what the first convolution gives (not together with `keep`).
+    """
     check_labels(labels, chain.head.out_features)
     trace = Trace(counts, share)
     everything = [len(images)]
     x = images.detach()
     if x.device.type == "cpu":
         x = x.contiguous(memory_format=torch.channels_last)
-    for block in chain.blocks:
+    for number, block in enumerate(chain.blocks):
         trace.inputs.append(x)
+        if recompute and number == 0:
+            x, mean, rstd = first.first_block(
+                *_first_block(block, x),
+                block.padding,
+                block.groups,
+                block.eps,
+                block.activation,
+                block.pool,
+            )
+            trace.outputs.append(x)  # keeps the place
+            trace.statistics.append((mean, rstd))
+            continue
         kind = algorithm_of(block, x.shape[2:], algorithm)
         z = conv.class_conv(x, _weight(block), everything, block.padding, kind)
         if block.convolution.bias is not None and block.bias_counts:
@@ -120,6 +138,19 @@ def forward_backward(
     for number in range(len(chain.blocks) - 1, -1, -1):
         block, x, z = chain.blocks[number], trace.inputs[number], trace.outputs[number]
         mean, rstd = trace.statistics[number]
+        if recompute and number == 0:
+            _collect_first(
+                found,
+                block,
+                names,
+                first.first_block_bwd(
+                    *(g, *_first_block(block, x), mean, rstd, counts, block.padding, block.groups),
+                    block.activation,
+                    block.pool,
+                ),
+                counts,
+            )
+            break
         weight, bias = block.affine()
         gz, by_scale, by_shift = norm.norm_relu_pool_bwd(
             g, z, weight, bias, mean, rstd, block.groups, block.activation, block.pool
@@ -138,6 +169,13 @@ def forward_backward(
     return found, trace
 
 
+def _first_block(block: Block, x: Tensor) -> tuple[Tensor | None, ...]:
+    """Its tensors; the bias only where it counts."""
+    bias = block.convolution.bias if block.bias_counts else None
+    weight = block.convolution.weight.detach()
+    return x, weight, None if bias is None else bias.detach(), *block.affine()
+
+
 def _least_block(chain: Chain, names: Sequence[str]) -> int | None:
     """The first block with a wanted parameter."""
     for number, block in enumerate(chain.blocks):
@@ -146,6 +184,24 @@ def _least_block(chain: Chain, names: Sequence[str]) -> int | None:
         if owned & set(names):
             return number
     return None
+
+
+def _collect_first(
+    found: dict[str, Tensor],
+    block: Block,
+    names: Sequence[str],
+    gradients: tuple[Tensor, ...],
+    counts: list[int],
+) -> None:
+    by_weight, *rows = gradients
+    if not block.bias_counts:  # exactly zero: the norm subtracts the bias again
+        rows[0] = torch.zeros_like(rows[0])
+    if f"{block.name}.weight" in names:
+        found[f"{block.name}.weight"] = by_weight
+    owned = (f"{block.name}.bias", f"{block.norm_name}.weight", f"{block.norm_name}.bias")
+    for name, row in zip(owned, rows, strict=True):
+        if name in names:
+            found[name] = _segment_sum(row, counts)
 
 
 def _collect(

@@ -20,6 +20,11 @@ def compare(tools, net, counts, shape=(3, 8, 8), metric="row_cosine", kind="matr
     images, labels = tools.batch(counts, shape)
     everything = engine.weight_names(net, "all")
     found = engine.segment_gradients(net, images, labels, counts, path="fused", **options)
+    stored = engine.segment_gradients(
+        net, images, labels, counts, path="fused", recompute=False, **options
+    )
+    for a, b in zip(found, stored, strict=True):
+        assert (a - b).abs().max() <= BOUND * b.abs().max().clamp(min=1e-3)
     for name, ours, exact in zip(
         everything,
         found,
