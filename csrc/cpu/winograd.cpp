@@ -285,6 +285,8 @@ template <typename T> struct winograd_weight_plan : winograd_plan<T> {
     t.b_step = t.c_step = columns;
     t.count = count;
     t.add = !first_block;
+    t.ahead = t.b;
+    t.ahead_step = 0;
     for (int64_t k = part * unit_rows; k < end;) {
       const int64_t height = next_rows(end - k, most_rows[vectors]);
       t.a = input + p * base::input_step() + k;
