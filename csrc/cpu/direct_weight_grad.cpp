@@ -61,13 +61,8 @@ template <typename T> struct weight_grad_plan {
     bool fresh;  // the first of its class
   };
 
-  // What the next block will read, fetched into the second cache meanwhile.
-  struct lines_ahead {
-    const T *next;
-    int64_t count;
-  };
-  // The share of one unit: as much grad as this block has, behind it in memory.
-  lines_ahead next_lines(const block &b, int64_t unit) const {
+  // One unit's share of what the next block will read: as much grad as this one has, behind it.
+  lines_ahead<T> next_lines(const block &b, int64_t unit) const {
     const int64_t lines = b.group * b.rows * g.out_width * g.outputs / line<T>, share = ceiling(lines, units());
     const T *end = b.grad + ((b.group - 1) * g.out_pixels() + (b.row_block * pairs.block_rows + b.rows) * g.out_width) *
                                 g.outputs;
@@ -77,7 +72,7 @@ template <typename T> struct weight_grad_plan {
   // Rows `first` to `end` of the gradient under one tap and in one panel.
   // With `fresh` rows have not been written yet.
   void multiply(transposed_arguments<T> t, const int32_t *a_at, const int32_t *b_at, int64_t count, const T *a,
-                T *c, int64_t first, int64_t end, int64_t vectors, bool fresh, lines_ahead ahead) const {
+                T *c, int64_t first, int64_t end, int64_t vectors, bool fresh, lines_ahead<T> ahead) const {
     if (fresh && count == 0) memset(c + first * t.c_step, 0, size_t((end - first) * t.c_step) * sizeof(T));
     for (int64_t n = 0; n < count; n += pair_chunk) {
       t.add = n > 0 || !fresh;
@@ -89,9 +84,7 @@ template <typename T> struct weight_grad_plan {
         t.a = a + r;
         t.c = c + r * t.c_step;
         t.ahead_step = ahead.count > 0 ? line<T> : 0;
-        t.ahead = ahead.count > 0 ? ahead.next : t.b;
-        ahead.next += t.count * line<T>;
-        ahead.count -= t.count;
+        t.ahead = ahead.take(t.count, t.b);
         tile<T>(vectors, rows, t);
         r += rows;
       }

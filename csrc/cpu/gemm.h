@@ -154,6 +154,21 @@ template <typename T, int rows, int vectors> void transposed(const transposed_ar
     }
 }
 
+// Memory that later work will read or write, fetched into the second cache during this one's: so
+// many lines from `next` on. The prefetches may run a little past the end, which harms nothing.
+template <typename T> struct lines_ahead {
+  const T *next;
+  int64_t count;
+  // Where the next `lines` lines begin, or `idle` when all have been fetched.
+  const T *take(int64_t lines, const T *idle) {
+    if (count <= 0) return idle;
+    const T *now = next;
+    next += lines * line<T>;
+    count -= lines;
+    return now;
+  }
+};
+
 // The tile of each size, found by its number of rows and vectors.
 template <typename T, int vectors, int rows> struct choose {
   static void run(int64_t count, const times_arguments<T> &x) {
