@@ -10,7 +10,8 @@ namespace ddfast {
 namespace DDFAST_LEVEL {
 namespace {
 
-constexpr int64_t block_tiles = 64;
+constexpr int64_t block_tiles = 48;   // a multiple of the rows of a register tile
+constexpr int64_t single_tiles = 64;  // a class of so few is one block
 constexpr int64_t depth_chunk = 128;
 
 // The distance of the 36 matrices of a block: not a power of two, or all would share cache sets.
@@ -119,8 +120,8 @@ template <typename T> struct winograd_conv_plan : winograd_plan<T> {
   T *weights, *local;
 
   winograd_conv_plan(const class_conv_arguments &x, arena &memory) : base(x, x.threads, memory) {
-    one_block = base::most_tiles <= block_tiles && x.classes >= x.threads;
-    if (one_block) base::tiles = base::most_tiles;
+    one_block = base::most_tiles <= single_tiles && x.classes >= x.threads;
+    if (one_block) base::tiles = most(1, base::most_tiles);
     classes_at_once = x.threads > 1 ? 2 * x.threads : 1;
     weights = memory.take<T>(one_block ? 0 : classes_at_once * base::transformed_size());
     local_elements = 36 * (base::input_step() + product_step());
@@ -133,7 +134,8 @@ template <typename T> struct winograd_conv_plan : winograd_plan<T> {
   }
 
   // Tiles `first` to `first + count` of one panel; u: the panel's weights, v: transformed inputs.
-  void multiply(int64_t first, int64_t count, int64_t panel, const T *u, T *v, T *out) const {
+  // Meanwhile the next matrix of weights is fetched into the second cache, then `later`.
+  void multiply(int64_t first, int64_t count, int64_t panel, const T *u, T *v, T *out, lines_ahead<T> later) const {
     const int64_t vectors = vectors_of<T>(g.outputs, panel), columns = vectors * width<T>;
     T *products = v + 36 * base::input_step();
     times_arguments<T> t;
@@ -144,12 +146,10 @@ template <typename T> struct winograd_conv_plan : winograd_plan<T> {
         t.b = u + p * base::transformed_step(panel) + k * columns;
         t.depth = least(depth_chunk, g.channels - k);
         t.add = k > 0;
-        // What comes next is fetched into the second cache meanwhile, one line per step of depth.
-        const T *next = t.b + t.depth * columns, *end = next + t.depth * columns;
+        lines_ahead<T> weights = {t.b + t.depth * columns, t.depth * columns / line<T>};
         for (int64_t r = 0; r < count;) {
           const int64_t rows = next_rows(count - r, most_rows[vectors]);
-          t.ahead = next < end ? next : t.b;
-          next += t.depth * line<T>;
+          t.ahead = weights.count > 0 ? weights.take(t.depth, t.b) : later.take(t.depth, t.b);
           for (int64_t i = 0; i < rows; ++i) {
             t.a[i] = v + p * base::input_step() + (r + i) * base::input_row() + k;
             t.c[i] = products + p * product_step() + (r + i) * columns;
@@ -173,8 +173,11 @@ template <typename T> struct winograd_conv_plan : winograd_plan<T> {
     const int64_t first = block * base::tiles, all = (x.first[c + 1] - x.first[c]) * base::tiles_of_image;
     const int64_t count = least(base::tiles, all - first);
     for (int64_t t = 0; t < count; ++t) base::transform_input(images(x, c), first + t, t, v);
+    // Tiles are stored in order, or nearly so: fetch this block's outputs, then the next one's inputs.
+    const lines_ahead<T> written = {out(x, c) + first * 16 * g.outputs, count * 16 * g.outputs / line<T>};
+    const lines_ahead<T> read = {images(x, c) + (first + count) * 16 * g.channels, count * 16 * g.channels / line<T>};
     for (int64_t panel = 0; panel < base::panel_count; ++panel)
-      multiply(first, count, panel, u + base::transformed_at(panel, 0), v, out(x, c));
+      multiply(first, count, panel, u + base::transformed_at(panel, 0), v, out(x, c), panel > 0 ? read : written);
   }
 
   // All tiles of a class of one block.
@@ -185,7 +188,7 @@ template <typename T> struct winograd_conv_plan : winograd_plan<T> {
     for (int64_t panel = 0; panel < base::panel_count && count > 0; ++panel) {
       base::transform_weights(static_cast<const T *>(x.other) + c * g.outputs * g.channels * 9, s, panel, 0, g.channels,
                               u);
-      multiply(0, count, panel, u, v, out(x, c));
+      multiply(0, count, panel, u, v, out(x, c), {nullptr, 0});
     }
   }
 };
@@ -250,7 +253,8 @@ template <typename T> struct winograd_weight_plan : winograd_plan<T> {
   int32_t *rows;
 
   winograd_weight_plan(const class_conv_arguments &x, arena &memory) : base(x, 1, memory) {
-    one_block = base::most_tiles <= block_tiles;
+    one_block = base::most_tiles <= single_tiles;
+    if (one_block) base::tiles = most(1, base::most_tiles);
     sums = memory.take<T>(one_block ? base::transformed_at(1, 0) : base::transformed_size());
     input = memory.take<T>(36 * base::input_step());
     grad = memory.take<T>(36 * grad_step());
@@ -274,7 +278,7 @@ template <typename T> struct winograd_weight_plan : winograd_plan<T> {
 
   T *sums_of(int64_t panel) const { return one_block ? sums : sums + base::transformed_at(panel, 0); }
 
-  void add(int64_t panel, int64_t unit, int64_t count, bool first_block) const {
+  void add(int64_t panel, int64_t unit, int64_t count, bool first_block, lines_ahead<T> later) const {
     const int64_t part = unit % parts(), p = unit / parts();
     const int64_t vectors = vectors_of<T>(g.outputs, panel), columns = vectors * width<T>;
     const int64_t end = least(g.channels, (part + 1) * unit_rows);
@@ -287,6 +291,8 @@ template <typename T> struct winograd_weight_plan : winograd_plan<T> {
     t.add = !first_block;
     for (int64_t k = part * unit_rows; k < end;) {
       const int64_t height = next_rows(end - k, most_rows[vectors]);
+      t.ahead_step = later.count > 0 ? line<T> : 0;
+      t.ahead = later.take(count, t.b);
       t.a = input + p * base::input_step() + k;
       t.c = sums_of(panel) + p * base::transformed_step(panel) + k * columns;
       tile<T>(vectors, height, t);
@@ -300,7 +306,7 @@ template <typename T> void run_weight_grad(const class_conv_arguments &x) {
   const winograd_weight_plan<T> plan(x, memory);
   plan.fill();
   const conv_geometry &g = plan.g;
-  const int64_t weight_elements = g.outputs * g.channels * 9;
+  const int64_t weight_elements = g.outputs * g.channels * 9, units = 36 * plan.parts();
   for (int64_t t = 0; t < plan.tiles; ++t) plan.rows[t] = int32_t(t);
 #ifdef _OPENMP
 #pragma omp parallel num_threads(x.threads) if (x.threads > 1)
@@ -319,10 +325,17 @@ template <typename T> void run_weight_grad(const class_conv_arguments &x) {
         i < count ? plan.transform_input(images, first + i, i, plan.input)
                   : plan.transform_grad(grads, first + i - count, i - count);
       for (int64_t panel = 0; panel < plan.panel_count; ++panel) {
+        // Each unit fetches a part of what the next block reads: grad first, then x.
+        const int64_t channels = panel == 0 ? g.outputs : g.channels, lines = count * 16 * channels / line<T>;
+        const T *next = (panel == 0 ? grads : images) + (first + count) * 16 * channels;
+        const auto share = [=](int64_t unit) {
+          const int64_t part = panel < 2 ? ceiling(lines, units) : 0;
+          return lines_ahead<T>{next + unit * part * line<T>, part};
+        };
 #ifdef _OPENMP
 #pragma omp for schedule(static)
 #endif
-        for (int64_t unit = 0; unit < 36 * plan.parts(); ++unit) plan.add(panel, unit, count, first == 0);
+        for (int64_t unit = 0; unit < units; ++unit) plan.add(panel, unit, count, first == 0, share(unit));
         if (first + count < tiles) continue;
 #ifdef _OPENMP
 #pragma omp for schedule(static)
