@@ -113,6 +113,16 @@ std::int64_t augment(std::uintptr_t input, std::uintptr_t output, int type, std:
   return active->augment(arguments);
 }
 
+// shape: images, channels, height, width of the smaller set.
+void multi_formation(std::uintptr_t input, std::uintptr_t output, int type, const std::array<std::int64_t, 4> &shape,
+                     std::int64_t factor, bool by_image, bool adjoint, double fill, int threads) {
+  const ddfast::multi_formation_arguments arguments{
+      type,   pointer(input), pointer(output), shape[0], shape[1], shape[2], shape[3],
+      factor, by_image,       adjoint,         fill,     threads};
+  py::gil_scoped_release release;
+  active->multi_formation(arguments);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -131,4 +141,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("gradient_distance", &gradient_distance);
   m.def("class_mean", &class_mean);
   m.def("augment", &augment);
+  m.def("multi_formation", &multi_formation);
 }

@@ -15,6 +15,7 @@ void gradient_distance(const gradient_distance_arguments &);
 void gradient_distance_second(const gradient_distance_arguments &);
 void class_mean(const class_mean_arguments &);
 int64_t augment(const augment_arguments &);
+void multi_formation(const multi_formation_arguments &);
 }  // namespace DDFAST_LEVEL
 
 const kernel_table *DDFAST_JOIN(kernel_table_, DDFAST_LEVEL)() {
@@ -24,6 +25,7 @@ const kernel_table *DDFAST_JOIN(kernel_table_, DDFAST_LEVEL)() {
       DDFAST_LEVEL::gradient_distance_second,
       DDFAST_LEVEL::class_mean,
       DDFAST_LEVEL::augment,
+      DDFAST_LEVEL::multi_formation,
   };
   return &table;
 }
