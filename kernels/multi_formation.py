@@ -240,8 +240,8 @@ def most_readers(side: int, crop: int) -> int:
 
 def ahead_of_time() -> list[tuple[object, dict[str, str], dict[str, object]]]:
     """(kernel, argument types, constants) of representative variants, to compile without a GPU."""
-    sizes = ("images", "channels", "height", "width", "tall", "broad", "factor")
-    sizes += ("row_taps", "column_taps")
+    sizes = ["images", "channels", "height", "width", "tall", "broad", "factor"]
+    sizes += ["row_taps", "column_taps"]
     variants: list[tuple[object, dict[str, str], dict[str, object]]] = []
     for dtype, by_image in (("fp32", False), ("fp32", True), ("bf16", False), ("fp64", True)):
         types = dict.fromkeys(sizes, "i32") | dict.fromkeys(("x", "grad", "out"), f"*{dtype}")
