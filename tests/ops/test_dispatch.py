@@ -24,6 +24,7 @@ def caught(self, name, function, key="", **options):
 torch.library.Library.impl = caught
 import ddfast
 import ddfast.ops.class_weight_grad
+import ddfast.ops.multi_formation
 from ddfast import backend
 from ddfast.testing import flatten
 
@@ -48,6 +49,8 @@ calls = {
     "class_conv": (images, weight, [1, 1], 1, "auto"),
     "class_input_grad": (by_out, weight, [1, 1], [5, 5], 1, "auto"),
     "class_weight_grad": (images, by_out, [1, 1], [3, 3], 1, "auto"),
+    "multi_formation": (images, 2, "crop", 0.5),
+    "multi_formation_adjoint": (images.repeat(2, 1, 1, 1), 2, "image"),
 }
 for name, arguments in calls.items():
     on_cuda, on_cpu = (flatten(registered[name, key](*arguments)) for key in ("CUDA", "CPU"))
