@@ -350,7 +350,14 @@ def ahead_of_time() -> list[tuple[object, dict[str, str], dict[str, object], dic
             plain = activation == "relu" and pool == "average"
             cells = ((size + 1) // 2) ** 2
             tile = choose_tile(
-                kernel.__name__, 16 if grouped else 64, grouped, cells, 4, last, plain, dtype == "fp64"
+                kernel.__name__,
+                16 if grouped else 64,
+                grouped,
+                cells,
+                4,
+                last,
+                plain,
+                dtype == "fp64",
             )
             constants: dict[str, object] = {
                 name: True for name in kernel.arg_names if name.startswith("HAS_")
