@@ -10,6 +10,7 @@ The two others are ordinary convolutions with groups, for which the vendor's lib
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -167,6 +168,13 @@ def _precision(dtype: torch.dtype) -> tuple[str, str]:
     return ("tf32", "tf32") if tensor_float_allowed() else ("float32", "ieee")
 
 
+@functools.lru_cache(maxsize=256)
+def _first_images(counts: tuple[int, ...], device: torch.device) -> Tensor:
+    """Index of each class's first image and the end; kept, because a copy to the GPU waits."""
+    starts = list(itertools.accumulate(counts, initial=0))
+    return torch.tensor(starts, dtype=torch.int64, device=device)
+
+
 _TYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
 
@@ -203,8 +211,7 @@ def class_weight_grad(
     partial = torch.empty(classes, chunks, outputs, columns, dtype=dtype, device=x.device)
     first_image = x
     if ragged:
-        starts = list(itertools.accumulate(counts, initial=0))
-        first_image = torch.tensor(starts, dtype=torch.int64, device=x.device)
+        first_image = _first_images(tuple(counts), x.device)
     # The interpreter multiplies bfloat16 as if it were integers.
     half = kind == "half" and not triton.knobs.runtime.interpret
     weight_grad_kernel[(classes * chunks * tiles[0] * tiles[1],)](

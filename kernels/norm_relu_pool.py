@@ -334,13 +334,13 @@ def ahead_of_time() -> list[tuple[object, dict[str, str], dict[str, object], dic
     planes = ("x", "grad", "tangent", "grad_tangent", "out", "grad_x")
     sums = ("weight", "bias", "weight_tangent", "bias_tangent", "mean", "rstd")
     sums += ("grad_weight", "grad_bias", "out_weight", "out_bias")
-    kernels: tuple[Any, ...] = (forward_kernel, backward_kernel)
-    kernels += (tangent_kernel, tangent_backward_kernel)
-    # dtype, groups of 64 channels, activation, pool, size, channels_last
-    for dtype, groups, activation, pool, size, last in (
-        ("fp32", 64, "relu", "average", 32, False),
-        ("bf16", 64, "swish", "max", 32, True),
-        ("fp64", 4, "sigmoid", "average", 15, False),
+    every: tuple[Any, ...] = (forward_kernel, backward_kernel)
+    every += (tangent_kernel, tangent_backward_kernel)
+    # dtype, groups of 64 channels, activation, pool, size, channels_last, kernels
+    for dtype, groups, activation, pool, size, last, kernels in (
+        ("fp32", 64, "relu", "average", 32, False, every),
+        ("bf16", 64, "swish", "max", 32, True, every[3:]),
+        ("fp64", 4, "sigmoid", "average", 15, False, every[1:2]),
     ):
         wide = "fp64" if dtype == "fp64" else "fp32"
         acc = tl.float64 if dtype == "fp64" else tl.float32

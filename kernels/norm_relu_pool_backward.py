@@ -83,7 +83,10 @@ def forward_kernel(
                     size *= tl.sum((c < last).to(ACC), 0)
                 tile_mean = _over_unit(_over_pixels(v), GROUPED) / size
                 d = tl.where(inside, v - tile_mean[:, None, None], 0.0)
-                tile_squares = _over_unit(_over_pixels(d * d), GROUPED)
+                # What is left of the mean after rounding: it counts where the mean is large.
+                rest = _over_unit(_over_pixels(d), GROUPED) / size
+                tile_squares = _over_unit(_over_pixels(d * d), GROUPED) - size * rest * rest
+                tile_mean += rest
                 if RESIDENT:
                     m, squares = tile_mean, tile_squares
                 else:
