@@ -113,6 +113,32 @@ std::int64_t augment(std::uintptr_t input, std::uintptr_t output, int type, std:
   return active->augment(arguments);
 }
 
+// first: first image of each class, and the end. sizes: I, O, H, W, kh, kw, padding.
+void class_conv(int type, int product, bool winograd, std::uintptr_t images, std::uintptr_t other, std::uintptr_t out,
+                const std::vector<std::int64_t> &first, const std::array<std::int64_t, 7> &sizes, int threads) {
+  ddfast::class_conv_arguments arguments{type,
+                                         product,
+                                         winograd,
+                                         pointer(images),
+                                         pointer(other),
+                                         pointer(out),
+                                         first.data(),
+                                         std::int64_t(first.size()) - 1,
+                                         sizes[0],
+                                         sizes[1],
+                                         sizes[2],
+                                         sizes[3],
+                                         sizes[4],
+                                         sizes[5],
+                                         sizes[6],
+                                         nullptr,
+                                         threads};
+  py::gil_scoped_release release;
+  const ddfast::buffer scratch(std::size_t(active->class_conv_scratch(arguments)));
+  arguments.scratch = scratch.data();
+  active->class_conv(arguments);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -131,4 +157,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("gradient_distance", &gradient_distance);
   m.def("class_mean", &class_mean);
   m.def("augment", &augment);
+  m.def("class_conv", &class_conv);
 }

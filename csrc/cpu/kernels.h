@@ -77,6 +77,27 @@ struct augment_arguments {
   int threads;
 };
 
+// The three products of a convolution of stride 1 with a weight for each class of images.
+enum conv_product : int { conv_by_grad = 0, conv_by_input = 1, conv_by_weight = 2 };
+
+// Images channels-last (images x height x width x channels), weights classes x O x I x kh x kw. The
+// type is float32 or float64.
+struct class_conv_arguments {
+  int type;
+  int product;   // which of the three is computed, from the two others
+  bool winograd;  // F(4x4, 3x3): kernel 3x3, padding 1, sides divisible by 4
+  const void *images;  // x, or grad for conv_by_input
+  const void *other;   // weights, or grad for conv_by_weight
+  void *out;
+  const int64_t *first;  // first image of each class, classes + 1 entries
+  int64_t classes;
+  int64_t in_channels, out_channels;  // I, O
+  int64_t height, width;              // of x
+  int64_t kernel_height, kernel_width, padding;
+  void *scratch;  // as many bytes as class_conv_scratch asks for, 64-byte aligned
+  int threads;
+};
+
 struct kernel_table {
   const char *level;
   // value = distance; out_syn, out_real = scale * its gradient
@@ -86,6 +107,8 @@ struct kernel_table {
   void (*class_mean)(const class_mean_arguments &);
   // The first row of the record that is not valid, in which case nothing is written; -1: none.
   int64_t (*augment)(const augment_arguments &);
+  int64_t (*class_conv_scratch)(const class_conv_arguments &);
+  void (*class_conv)(const class_conv_arguments &);
 };
 
 // Defined once per level in table.cpp.

@@ -15,6 +15,8 @@ void gradient_distance(const gradient_distance_arguments &);
 void gradient_distance_second(const gradient_distance_arguments &);
 void class_mean(const class_mean_arguments &);
 int64_t augment(const augment_arguments &);
+int64_t class_conv_scratch(const class_conv_arguments &);
+void class_conv(const class_conv_arguments &);
 }  // namespace DDFAST_LEVEL
 
 const kernel_table *DDFAST_JOIN(kernel_table_, DDFAST_LEVEL)() {
@@ -24,6 +26,8 @@ const kernel_table *DDFAST_JOIN(kernel_table_, DDFAST_LEVEL)() {
       DDFAST_LEVEL::gradient_distance_second,
       DDFAST_LEVEL::class_mean,
       DDFAST_LEVEL::augment,
+      DDFAST_LEVEL::class_conv_scratch,
+      DDFAST_LEVEL::class_conv,
   };
   return &table;
 }

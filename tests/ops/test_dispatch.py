@@ -23,6 +23,7 @@ def caught(self, name, function, key="", **options):
 
 torch.library.Library.impl = caught
 import ddfast
+import ddfast.ops.class_weight_grad
 from ddfast import backend
 from ddfast.testing import flatten
 
@@ -34,6 +35,7 @@ backend.triton_kernels = lambda module: (asked.append(module), find(module))[1]
 syn, real = ([torch.linspace(-1, top, 12).reshape(3, 4)] for top in (1, 2))
 grad, images = torch.ones(1), torch.linspace(-1, 1, 150).reshape(2, 3, 5, 5)
 draw = torch.tensor([[1.0, 1.0, 1.0, 0.0]], dtype=torch.float64)  # crop
+weight, by_out = torch.linspace(-1, 1, 108).reshape(2, 2, 3, 3, 3), images[:, :2]
 common = (syn, real, "row_cosine", 1e-6, False)
 calls = {
     "gradient_distance": (*common, True),
@@ -43,6 +45,9 @@ calls = {
     "class_mean_distance": (syn[0], real[0], [2, 1], [1, 2]),
     "augment": (images, draw, False, True),
     "augment_adjoint": (images, draw, False),
+    "class_conv": (images, weight, [1, 1], 1, "auto"),
+    "class_input_grad": (by_out, weight, [1, 1], [5, 5], 1, "auto"),
+    "class_weight_grad": (images, by_out, [1, 1], [3, 3], 1, "auto"),
 }
 for name, arguments in calls.items():
     on_cuda, on_cpu = (flatten(registered[name, key](*arguments)) for key in ("CUDA", "CPU"))

@@ -7,6 +7,7 @@ import torch
 from torch.autograd import forward_ad
 
 from ddfast import augment, losses
+from ddfast.ops import class_weight_grad as convolutions
 from ddfast.reference import gradient_distance as reference
 
 OTHER = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(2, 3, 4)
@@ -17,6 +18,17 @@ FUNCTIONS = {
     "class_mean_distance": lambda x: losses.class_mean_distance(x, OTHER).sum(),
     "augment": lambda x: augment.apply(x[None], DRAW),
 }
+# Operators that only the engine calls; no public function refuses torch.func before them.
+WEIGHT = OTHER[:1, :2]  # of a linear layer
+OPERATORS = {
+    "class_conv": lambda x: convolutions.class_conv(x[:, 0], WEIGHT, [2], 0, "auto"),
+    "class_input_grad": lambda x: convolutions.class_input_grad(
+        x[:, 0], WEIGHT.mT, [2], [], 0, "auto"
+    ),
+    "class_weight_grad": lambda x: convolutions.class_weight_grad(
+        x[:, 0], x[:, 1], [2], [], 0, "auto"
+    ),
+}
 
 
 @pytest.fixture
@@ -24,14 +36,15 @@ def x():
     return OTHER.cos()
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", [*FUNCTIONS, *OPERATORS])
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_dual_numbers(name, requires_grad, x):
+    f = {**FUNCTIONS, **OPERATORS}[name]
     with forward_ad.dual_level():
-        FUNCTIONS[name](x)  # without a tangent there is nothing to lose
+        f(x)  # without a tangent there is nothing to lose
         dual = forward_ad.make_dual(x.requires_grad_(requires_grad), OTHER)
         with pytest.raises(NotImplementedError):
-            FUNCTIONS[name](dual)
+            f(dual)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
