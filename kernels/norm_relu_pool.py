@@ -115,7 +115,7 @@ def _format(last: bool) -> torch.memory_format:
 
 def _launch(
     kernel: Any,
-    inputs: dict[str, Tensor | None],
+    inputs: dict[str, Tensor],
     parameters: dict[str, Tensor | None],
     outputs: dict[str, Tensor],
     groups: int,
@@ -126,12 +126,12 @@ def _launch(
     """Launch over all images and units.
 
     Args:
-        inputs: x and what has its or the pooled size; None leaves the kernel's flag unset.
+        inputs: x, and what has its size or the pooled one.
         parameters: weight and bias, and tangents of these, which may be one row per image.
-        outputs: `out` or `grad_x`, then tensors of statistics.
+        outputs: what is of x's or the pooled size first, then sums and statistics.
+        constants: what else the kernel takes.
     """
     x = inputs["x"]
-    assert x is not None
     if x.numel() == 0:
         for tensor in outputs.values():
             tensor.zero_()
@@ -147,25 +147,21 @@ def _launch(
     double = accumulator(x.dtype) == torch.float64
     tile = choose_tile(kernel.__name__, per_group, grouped, cells, corners, last, plain, double)
     units = groups if grouped else triton.cdiv(channels, tile.channels)
-    arguments: dict[str, Any] = dict(outputs)
+    arguments: dict[str, Any] = inputs | outputs | constants
+    described = inputs | {"out": next(iter(outputs.values()))}
     furthest = 0
-    result = next(iter(outputs))
-    for name, tensor in (inputs | {result: outputs[result]}).items():
-        if tensor is None:
-            arguments |= {name: x, f"{name}_image": 0, f"{name}_step": 0, f"HAS_{name.upper()}": 0}
-            continue
-        if name == "grad_tangent":
-            arguments["HAS_GRAD_TANGENT"] = True
-        arguments[name], image, step = _readable(tensor, last)
-        short = "out" if name == result else name
-        arguments |= {f"{short}_image": image, f"{short}_step": step}
-        pixels = height * width
-        furthest = max(furthest, pixels * step + channels if last else channels * step + pixels)
-    for name, tensor in parameters.items():
-        arguments[name] = x if tensor is None else tensor.contiguous()
-        arguments[f"HAS_{name.upper()}"] = tensor is not None
+    for name, tensor in described.items():
+        readable, image, step = _readable(tensor, last)
+        if name in inputs:
+            arguments[name] = readable
+        arguments |= {f"{name}_image": image, f"{name}_step": step}
+        reach = (height * width, channels) if last else (channels, height * width)
+        furthest = max(furthest, reach[0] * step + reach[1])
+    for name, parameter in parameters.items():
+        arguments[name] = x if parameter is None else parameter.contiguous()
+        arguments[f"HAS_{name.upper()}"] = parameter is not None
         if name.endswith("tangent"):
-            by_image = tensor is not None and tensor.dim() == 2
+            by_image = parameter is not None and parameter.dim() == 2
             arguments[f"{name}_image"] = channels if by_image else 0
     kernel[(images * units,)](
         **arguments,
@@ -188,7 +184,6 @@ def _launch(
         CHANNELS=tile.channels,
         CELLS=tile.cells,
         num_warps=tile.warps,
-        **constants,
     )
 
 
@@ -214,7 +209,7 @@ def norm_relu_pool(
     out = _empty(x, pool)
     mean = x.new_empty(x.shape[0], groups, dtype=accumulator(x.dtype))
     rstd = torch.empty_like(mean)
-    parameters = {"weight": weight, "bias": bias}
+    parameters: dict[str, Tensor | None] = {"weight": weight, "bias": bias}
     outputs = {"out": out, "mean": mean, "rstd": rstd}
     _launch(forward_kernel, {"x": x}, parameters, outputs, groups, activation, pool, EPS=eps)
     return out, mean, rstd
@@ -241,8 +236,8 @@ def norm_relu_pool_bwd(
         groups,
         activation,
         pool,
-        mean=mean,
-        rstd=rstd,
+        mean=mean.contiguous(),
+        rstd=rstd.contiguous(),
     )
     first, second, third = outputs.values()
     return first, second, third
@@ -271,8 +266,8 @@ def norm_relu_pool_tangent(
         groups,
         activation,
         pool,
-        mean=mean,
-        rstd=rstd,
+        mean=mean.contiguous(),
+        rstd=rstd.contiguous(),
     )
     return out
 
@@ -296,14 +291,20 @@ def norm_relu_pool_tangent_bwd(
     outputs = _outputs("out", "out_weight", "out_bias", x)
     _launch(
         tangent_backward_kernel,
-        {"grad": grad, "grad_tangent": grad_tangent, "x": x, "tangent": tangent},
+        {
+            "grad": grad,
+            "grad_tangent": grad if grad_tangent is None else grad_tangent,
+            "x": x,
+            "tangent": tangent,
+        },
         _parameters(weight, bias, weight_tangent, bias_tangent),
         outputs,
         groups,
         activation,
         pool,
-        mean=mean,
-        rstd=rstd,
+        mean=mean.contiguous(),
+        rstd=rstd.contiguous(),
+        HAS_GRAD_TANGENT=grad_tangent is not None,
     )
     first, second, third = outputs.values()
     return first, second, third
@@ -332,8 +333,10 @@ def ahead_of_time() -> list[tuple[object, dict[str, str], dict[str, object], dic
     """(kernel, argument types, constants, options) of representative variants."""
     variants: list[tuple[object, dict[str, str], dict[str, object], dict[str, int]]] = []
     planes = ("x", "grad", "tangent", "grad_tangent", "out", "grad_x")
-    sums = ("weight", "bias", "weight_tangent", "bias_tangent", "mean", "rstd")
-    sums += ("grad_weight", "grad_bias", "out_weight", "out_bias")
+    sums = (
+        *("weight", "bias", "weight_tangent", "bias_tangent", "mean", "rstd"),
+        *("grad_weight", "grad_bias", "out_weight", "out_bias"),
+    )
     every: tuple[Any, ...] = (forward_kernel, backward_kernel)
     every += (tangent_kernel, tangent_backward_kernel)
     # dtype, groups of 64 channels, activation, pool, size, channels_last, kernels
