@@ -190,14 +190,15 @@ def _compile_here(operator: str, capability: int) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    for kernel, types, constants in importlib.import_module(
+    # Options of the compiler, num_warps above all, may follow.
+    for kernel, types, constants, *options in importlib.import_module(
         f"ddfast.kernels.{operator}"
     ).ahead_of_time():
         arguments = {
             name: "constexpr" if name in constants else types[name] for name in kernel.arg_names
         }
         source = ASTSource(fn=kernel, signature=arguments, constexprs=constants)
-        built = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        built = triton.compile(source, GPUTarget("cuda", capability, 32), *options)
         row = {
             "name": kernel.__name__,
             "constants": {name: str(value) for name, value in constants.items()},
