@@ -100,6 +100,7 @@ def match_together(run: Run, net: Network, outer: int) -> tuple[Tensor, Tensor]:
     assert isinstance(config, Config)
     classes, metric = run.sampler.num_classes, dc.METRICS[config.dis_metric]
     names = weight_names(net, "matrices" if metric == "row_cosine" else "all")
+    memory = run.memory // 2
     indices, counts = run.sampler.sample_all(config.batch_real, run.generator("real images", outer))
     draw = torch.cat(
         [
@@ -109,23 +110,15 @@ def match_together(run: Run, net: Network, outer: int) -> tuple[Tensor, Tensor]:
         dim=1,
     )
     real: list[Tensor] = []
-    together = run.classes_at_once(config.batch_real)
     ends = [0, *accumulate(counts)]
-    for first in range(0, classes, together):
-        end = min(first + together, classes)
+    for first, end in dc.class_groups(run, net, names):
         within = counts[first:end]
         x = run.augment(run.real(indices[ends[first] : ends[end]]), draw[:, first:end], within)
         labels = torch.arange(first, end).repeat_interleave(torch.tensor(within))
         # Every class counts the same, however many images it has.
         shares = 1 / (classes * torch.tensor(counts, dtype=x.dtype)[labels])
         part = segment_gradients(
-            net,
-            x,
-            labels.to(x.device),
-            [len(x)],
-            names,
-            run.memory,
-            weights=shares.to(x.device),
+            *(net, x, labels.to(x.device), [len(x)], names, memory), weights=shares.to(x.device)
         )
         real = [a + b for a, b in zip(real, part, strict=True)] if real else part
         if run.stop:
@@ -133,7 +126,7 @@ def match_together(run: Run, net: Network, outer: int) -> tuple[Tensor, Tensor]:
     images = run.images.detach().requires_grad_()
     x = run.augment(images, draw, [config.ipc] * classes)
     loss, by_x = match_gradients(
-        net, x.detach(), run.labels, [len(x)], real, names, metric, memory=run.memory
+        *(net, x.detach(), run.labels, [len(x)], real, names, metric), memory=memory
     )
     (gradient,) = torch.autograd.grad(x, images, by_x)
     run.processed += len(indices) + len(images)
