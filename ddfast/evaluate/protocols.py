@@ -185,7 +185,7 @@ def _augmentation(kind: str, strategy: str) -> tuple[str, str]:
 def _idc(dataset: Dataset, ipc: int, factor: int, given: str | None) -> Protocol:
     """The published preset of IDC (Kim et al., ICML 2022) for images decoded with this factor."""
     kin = idc.kin(dataset)
-    mixed = not (kin == "MNIST" and factor > 1 or kin == "SVHN" and ipc == factor == 1)
+    mixed = not ((kin == "MNIST" and factor > 1) or (kin == "SVHN" and ipc == factor == 1))
     epochs, cutmix = EPOCHS_AUGMENTED, 0.5
     if kin == "ImageNet":
         epochs = next((epochs for most, epochs in IDC_EPOCHS if ipc <= most), 300)

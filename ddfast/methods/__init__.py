@@ -2,7 +2,8 @@
 
 A method is a module with `TITLE`, `MATCHES`, `PROTOCOL`, `Config`, `check(run)`, which refuses what
 cannot work before the first step, and `step(run)`, which changes the synthetic set and returns the
-loss of each class. Everything else (data, checkpoints, logging, evaluation) is shared; see `ddfast.distill`.
+loss of each class. Everything else (data, checkpoints, logging, evaluation) is shared; see
+`ddfast.distill`.
 """
 
 from __future__ import annotations

@@ -13,13 +13,15 @@ sides of a class. Between two image updates theta is trained on `n_data` real im
 
 Steps. The published code makes an optimiser step after each class, on all images: those of the
 other classes move on by their momentum alone. `step="per_class"` does the same, exactly up to
-rounding, and yet matches all classes together: where the images of class c are when its turn comes
-is known beforehand. By default (`step="joint"`) all classes are matched where they stand, and one step
-is made. Per update and class both add up to lr_img / (1 - momentum) times the gradient, twice
-lr_img as published. But in a joint step only lr_img of it comes at once and the rest in the updates
-that follow, while in per_class the momentum of a class has died down by its next turn (with few
-classes less so). After three updates with a gradient of 1 and lr_img 1 the first has gone 4.25 and
-the second 6. Images may leave [0, 1] between the iterations, at whose start they are clamped.
+rounding, and yet matches all classes together, for where the images of a class are at its turn is
+known beforehand. `step="joint"`, the default, matches all classes where they stand and makes one
+step. In the end both move an image by lr_img / (1 - momentum), as published 2 lr_img, times each of
+its gradients. In per_class all of that has come before the class has its next turn, if there are
+more than a few classes: no momentum is left from one update to the next. In joint one half comes at
+once and the other half in the course of the updates that follow. After three updates with gradients
+of 1 and lr_img 1, images of the first class have gone 6 in per_class and 4.25 in joint.
+
+Images may leave [0, 1] between the iterations, at whose start they are clamped.
 
 Unlike the published code: an iteration's real images come from permutations of its own; a class
 with fewer than `batch_real` images has them all in each batch, with as many labels; an iteration

@@ -52,4 +52,4 @@ def decode(
     """
     check_decoder(recipe, (images.shape[-2], images.shape[-1]))
     settings = {name: value for name, value in recipe.items() if name != "name"}
-    return DECODERS[recipe["name"]](images, counts, **settings)
+    return DECODERS[recipe["name"]](images, list(counts), **settings)
