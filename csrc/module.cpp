@@ -175,6 +175,16 @@ void norm_relu_pool(int type, bool channels_last, const std::array<std::int64_t,
   (active->*member)(arguments);
 }
 
+// shape: images, channels, height, width of the smaller set.
+void multi_formation(std::uintptr_t input, std::uintptr_t output, int type, const std::array<std::int64_t, 4> &shape,
+                     std::int64_t factor, bool by_image, bool adjoint, double fill, int threads) {
+  const ddfast::multi_formation_arguments arguments{
+      type,   pointer(input), pointer(output), shape[0], shape[1], shape[2], shape[3],
+      factor, by_image,       adjoint,         fill,     threads};
+  py::gil_scoped_release release;
+  active->multi_formation(arguments);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -198,4 +208,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("norm_relu_pool_bwd", &norm_relu_pool<&kernel_table::norm_relu_pool_bwd>);
   m.def("norm_relu_pool_tangent", &norm_relu_pool<&kernel_table::norm_relu_pool_tangent>);
   m.def("norm_relu_pool_tangent_bwd", &norm_relu_pool<&kernel_table::norm_relu_pool_tangent_bwd>);
+  m.def("multi_formation", &multi_formation);
 }

@@ -116,6 +116,20 @@ struct norm_relu_pool_arguments {
   int threads;
 };
 
+// Contiguous images x channels x height x width and factor^2 as many of them; fill where the crops
+// reach beyond the image.
+struct multi_formation_arguments {
+  int type;
+  const void *input;
+  void *output;
+  int64_t images, channels, height, width;  // of the smaller set
+  int64_t factor;
+  bool by_image;  // the crops of one image follow each other, else the images of one crop
+  bool adjoint;   // from the larger set to the smaller one
+  double fill;
+  int threads;
+};
+
 struct kernel_table {
   const char *level;
   // value = distance; out_syn, out_real = scale * its gradient
@@ -131,6 +145,7 @@ struct kernel_table {
   void (*norm_relu_pool_bwd)(const norm_relu_pool_arguments &);
   void (*norm_relu_pool_tangent)(const norm_relu_pool_arguments &);
   void (*norm_relu_pool_tangent_bwd)(const norm_relu_pool_arguments &);
+  void (*multi_formation)(const multi_formation_arguments &);
 };
 
 // Defined once per level in table.cpp.

@@ -21,6 +21,7 @@ void norm_relu_pool(const norm_relu_pool_arguments &);
 void norm_relu_pool_bwd(const norm_relu_pool_arguments &);
 void norm_relu_pool_tangent(const norm_relu_pool_arguments &);
 void norm_relu_pool_tangent_bwd(const norm_relu_pool_arguments &);
+void multi_formation(const multi_formation_arguments &);
 }  // namespace DDFAST_LEVEL
 
 const kernel_table *DDFAST_JOIN(kernel_table_, DDFAST_LEVEL)() {
@@ -36,6 +37,7 @@ const kernel_table *DDFAST_JOIN(kernel_table_, DDFAST_LEVEL)() {
       DDFAST_LEVEL::norm_relu_pool_bwd,
       DDFAST_LEVEL::norm_relu_pool_tangent,
       DDFAST_LEVEL::norm_relu_pool_tangent_bwd,
+      DDFAST_LEVEL::multi_formation,
   };
   return &table;
 }

@@ -23,6 +23,7 @@ def caught(self, name, function, key="", **options):
 
 torch.library.Library.impl = caught
 import ddfast
+import ddfast.ops.multi_formation
 from ddfast import backend
 from ddfast.testing import flatten
 
@@ -43,6 +44,8 @@ calls = {
     "class_mean_distance": (syn[0], real[0], [2, 1], [1, 2]),
     "augment": (images, draw, False, True),
     "augment_adjoint": (images, draw, False),
+    "multi_formation": (images, 2, "crop", 0.5),
+    "multi_formation_adjoint": (images.repeat(2, 1, 1, 1), 2, "image"),
 }
 for name, arguments in calls.items():
     on_cuda, on_cpu = (flatten(registered[name, key](*arguments)) for key in ("CUDA", "CPU"))

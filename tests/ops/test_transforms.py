@@ -8,6 +8,7 @@ from torch.autograd import forward_ad
 
 from ddfast import augment, losses
 from ddfast.reference import gradient_distance as reference
+from ddfast.synthetic import multi_formation
 
 OTHER = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(2, 3, 4)
 DRAW = torch.tensor([[[0.0, 0.1, 1.2, 0.9]]], dtype=torch.float64)  # color
@@ -16,6 +17,7 @@ FUNCTIONS = {
     "class_mean": lambda x: losses.class_mean(x),
     "class_mean_distance": lambda x: losses.class_mean_distance(x, OTHER).sum(),
     "augment": lambda x: augment.apply(x[None], DRAW),
+    "multi_formation": lambda x: multi_formation.decode(x[None], torch.zeros(1), 2)[0],
 }
 
 
