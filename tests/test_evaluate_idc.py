@@ -224,7 +224,7 @@ def made(dataset: Dataset, **settings: Any) -> Artefact:
         "method": "idc",
         "config": {"ipc": 2},
         "seed": 0,
-        "decoder": {"name": "multi_formation", "factor": 2, "kind": "single", "fill": 0.5},
+        "decoder": {"name": "multi_formation", "factor": 2, "kind": "single"},
     }
     return Artefact(**{**fields, **settings})
 

@@ -50,7 +50,7 @@ from ddfast.methods.config import Config as Shared
 from ddfast.methods.config import setting
 from ddfast.methods.run import Interrupted, Run
 from ddfast.nets import Network, has_batchnorm
-from ddfast.synthetic import decode, multi_formation
+from ddfast.synthetic.multi_formation import decode, initialise, subsample
 
 TITLE = "Dataset Condensation via Efficient Synthetic-Data Parameterization (Kim et al., ICML 2022)"
 MATCHES = "convolutions' gradients of each class; stored images decode to several"
@@ -156,19 +156,16 @@ class Config(Shared):
     def starting_images(
         self, dataset: Dataset, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
-        return multi_formation.starting_images(dataset, self.ipc, self.factor, self.init, generator)
+        init = "random" if self.init == "real" else self.init
+        selection = "random" if self.init == "real" else "first"
+        return initialise(dataset, self.ipc, init, self.factor, generator, selection)
 
     def decoder(self) -> Mapping[str, Any] | None:
         """For training; `bound` limits only what is matched, as in the published evaluation."""
         if self.factor == 1:
             return None
         kind = "multi" if self.decode_type == "multi" else "single"
-        return {"name": "multi_formation", "factor": self.factor, "kind": kind, "fill": 0.5}
-
-    def matching_decoder(self) -> Mapping[str, Any]:
-        """For the matching step."""
-        found = {"name": "multi_formation", "factor": self.factor, "fill": 0.5}
-        return {**found, "kind": self.decode_type, "bound": self.batch_syn_max}
+        return {"name": "multi_formation", "factor": self.factor, "kind": kind}
 
 
 DIGITS_LR = 1e-3
@@ -263,9 +260,8 @@ def match(run: Run, net: Network, real_images: list[Tensor], inner: int) -> tupl
         real = segment_gradients(net, x, labels, counts, names, run.memory // 2)
 
         leaf = stored[here].requires_grad_()
-        images, counts = _decoded(run, leaf, first, inner)
+        images, labels, counts = _decoded(run, leaf, first, inner)
         s = augment(_normalised(run, images), rows, counts)
-        labels = torch.arange(first, end).repeat_interleave(torch.tensor(counts)).to(x.device)
         distances, by_s = match_gradients(
             *(net, s.detach(), labels, counts, real, names, metric), memory=run.memory // 2
         )
@@ -356,24 +352,33 @@ def _of_class(run: Run, value: Any) -> Tensor:
     return values.to(run.images).repeat_interleave(run.config.ipc).view(-1, 1, 1, 1)
 
 
-def _decoded(run: Run, images: Tensor, first: int, inner: int) -> tuple[Tensor, list[int]]:
-    """The images of the classes from `first` on, decoded, and how many of each.
+def _decoded(run: Run, images: Tensor, first: int, inner: int) -> tuple[Tensor, Tensor, list[int]]:
+    """The images of the classes from `first` on, decoded; their labels, and how many of each class.
 
     Of a class with more than `batch_syn_max` so many are drawn anew for each step.
     """
     config = run.config
     assert isinstance(config, Config)
     classes, most = len(images) // config.ipc, config.batch_syn_max
-    found, sources = decode(config.matching_decoder(), images, [config.ipc] * classes)
-    counts = torch.bincount(sources // config.ipc, minlength=classes).tolist()
+    labels = run.labels[run.of_classes(first, first + classes)]
+    decoded, labels, counts = decode(
+        images, labels, config.factor, config.decode_type, [config.ipc] * classes, most
+    )
     if max(counts) <= most:
-        return found, counts
-    kept, start = [], 0
-    for c, count in enumerate(counts):
-        random = run.generator("subset of the decoded", inner, first + c)
-        kept.append(start + torch.randperm(count, generator=random)[:most])
-        start += count
-    return found[torch.cat(kept).to(found.device)], [min(count, most) for count in counts]
+        return decoded, labels, counts
+    # Class by class, for the choice must not depend on which classes are together.
+    random = [run.generator("subset of the decoded", inner, first + c) for c in range(classes)]
+    parts = [
+        subsample(x, y, [n], most, each)
+        for x, y, n, each in zip(
+            decoded.split(counts), labels.split(counts), counts, random, strict=True
+        )
+    ]
+    return (
+        torch.cat([x for x, _, _ in parts]),
+        torch.cat([y for _, y, _ in parts]),
+        [n for _, _, (n,) in parts],
+    )
 
 
 def _normalised(run: Run, images: Tensor) -> Tensor:

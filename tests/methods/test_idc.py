@@ -249,16 +249,16 @@ def test_at_most_so_many_decoded_images_are_drawn_anew(make_dataset, make_run) -
     run = make_run("idc", dataset, **settings)
     assert run.config.batch_syn_max == 128
     every = crops(run.images.detach(), 2)
-    found, counts = idc._decoded(run, run.images, 0, 0)
-    again, _ = idc._decoded(run, run.images, 0, 1)
-    assert counts == [128, 128]
+    found, labels, counts = idc._decoded(run, run.images, 0, 0)
+    again, *_ = idc._decoded(run, run.images, 0, 1)
+    assert counts == [128, 128] and labels.tolist() == [0] * 128 + [1] * 128
     for c, part in enumerate(found.split(128)):
         own = every[c * 132 : (c + 1) * 132]
         near = (part[:, None] - own[None]).flatten(2).abs().amax(2) < 1e-9
         assert near.sum(1).tolist() == [1] * 128 and near.sum(0).max() == 1
     assert not torch.equal(found, again)
     run = make_run("idc", dataset, **settings | {"ipc": 32})
-    found, counts = idc._decoded(run, run.images, 0, 0)
+    found, labels, counts = idc._decoded(run, run.images, 0, 0)
     torch.testing.assert_close(found, crops(run.images.detach(), 2), rtol=0, atol=1e-12)
 
 
@@ -284,8 +284,9 @@ def test_kinds_of_decoding(make_dataset, make_run, kind, factors) -> None:
     settings = SETTINGS | {"ipc": 40, "init": "noise", "decode_type": kind}
     most = 127 if kind == "bound" else 200
     run = make_run("idc", make_dataset([1, 1]), **settings, batch_syn_max=most)
-    found, counts = idc._decoded(run, run.images, 0, 0)
+    found, labels, counts = idc._decoded(run, run.images, 0, 0)
     assert counts == [len(factors)] * 2
+    assert labels.tolist() == [0] * len(factors) + [1] * len(factors)
     stored = run.images.detach()[40:]
     once, twice = stored, crops(stored, 2)
     second = found.detach().split(counts)[1]

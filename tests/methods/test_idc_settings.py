@@ -103,7 +103,7 @@ def test_iterations_follow_the_image_updates_of_each(named) -> None:
 def test_how_the_images_are_kept(named) -> None:
     dataset = named("CIFAR10", 32, 3)
     assert resolved(dataset, idc_i, ipc=1).decoder() is None
-    expected = {"name": "multi_formation", "factor": 2, "kind": "single", "fill": 0.5}
+    expected = {"name": "multi_formation", "factor": 2, "kind": "single"}
     assert resolved(dataset, ipc=1).decoder() == expected
     assert idc.Config.space == idc_i.Config.space == "pixel"
 
