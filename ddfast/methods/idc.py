@@ -107,7 +107,7 @@ class Config(Shared):
         3, 500 iterations, l1 with 0.003 (100 classes: 0.001).
 
         A data set that is none of these is treated as ImageNet beyond 64 pixels, as FashionMNIST
-        with one channel, else as CIFAR-10. Digits are treated as MNIST, with 30 iterations and an
+        with one channel, else as CIFAR-10. Digits are treated as MNIST, with 10 iterations and an
         lr_img chosen on a split of the training images.
         """
         name = kin(dataset)
@@ -148,7 +148,7 @@ class Config(Shared):
         found["lr_img"] *= self.ipc / 10 * (height * width / side**2)
         if dataset.name == "digits":
             found |= {
-                "iterations": max(1, 30 * 100 // self.inner_loop),
+                "iterations": max(1, 10 * 100 // self.inner_loop),
                 "lr_img": DIGITS_LR * self.ipc / 10,
             }
         return found
@@ -169,6 +169,8 @@ class Config(Shared):
 
 
 DIGITS_LR = 1e-3
+"""At ipc 10, and as everywhere in proportion to ipc. At ipc 1 four times as much was no better on a
+split of the training images after 600 updates: idc_i 85.8 and here 90.5 %, idc 74.7 and 74.3 %."""
 
 
 def kin(dataset: Dataset) -> str:

@@ -91,7 +91,7 @@ def test_digits(named) -> None:
     both = {method: resolved(named("digits", 8, 1), method, ipc=10) for method in (idc, idc_i)}
     assert both[idc].cutmix == 0 and both[idc_i].cutmix == 0.5
     for config in both.values():
-        assert (config.metric, config.model, config.iterations) == ("l1", "ConvNetD2W32", 30)
+        assert (config.metric, config.model, config.iterations) == ("l1", "ConvNetD2W32", 10)
         assert config.lr_img == idc.DIGITS_LR
 
 
