@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import MultiStepLR
 
-from ddfast import nets
+from ddfast import methods, nets
 from ddfast.artefact import Artefact, load
 from ddfast.augment import DSA
+from ddfast.cli import main
 from ddfast.data import Dataset, generated, normalise
+from ddfast.distill import unfinished
 from ddfast.evaluate import Protocol, evaluate, protocol, steps_matched, train_networks
 from ddfast.random import generator
 
@@ -282,3 +284,35 @@ def test_a_decoded_set_is_compared_with_as_many_stored_images(dataset) -> None:
         baselines=False,
     )
     assert again.row("distilled").accuracies == rows["distilled"].accuracies
+
+
+DATA = '{"classes": 3, "size": 8, "train_per_class": 12, "test_per_class": 4}'
+
+
+def test_from_the_command_line(tmp_path, capsys) -> None:
+    """A run of IDC is evaluated by IDC's protocol, decoded, and shown as it is stored."""
+    flags = ["--dataset", "generated", "--data_options", DATA, "--ipc", "2", "--threads", "1"]
+    flags += ["--model", "ConvNetD1W4", "--iterations", "2", "--inner_loop", "2", "--n_data", "8"]
+    assert main(["distill", "idc", *flags, "--out", str(tmp_path), "--quiet"]) == 0
+    artefact = load(tmp_path / "distilled.safetensors")
+    assert (artefact.space, artefact.decoder["factor"], len(artefact.images)) == ("pixel", 2, 6)
+    halfway, iterations = unfinished(tmp_path)
+    assert (iterations, halfway.space, halfway.decoder) == (2, "pixel", artefact.decoder)
+    assert torch.equal(halfway.images, artefact.images)
+    picture = (tmp_path / "grid.png").read_bytes()
+    (tmp_path / "grid.png").unlink()
+    assert main(["show", str(tmp_path)]) == 0
+    assert (tmp_path / "grid.png").read_bytes() == picture
+    words = ["evaluate", str(tmp_path), "--epochs", "2", "--quiet", "--num_eval", "1"]
+    assert main([*words, "--selections", "2", "--threads", "1"]) == 0
+    assert "| idc | ConvNetD1W4 | idc, 2 epochs |" in capsys.readouterr().out
+
+
+def test_every_method_knows_the_protocol_of_its_paper() -> None:
+    found = {name: method.protocol for name, method in methods.methods().items()}
+    assert found == {
+        **{name: name for name in ("dc", "dsa", "dm", "idc")},
+        "dcc": "dc",
+        "dsac": "dsa",
+        "idc_i": "idc",
+    }

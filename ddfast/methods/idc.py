@@ -46,6 +46,7 @@ from ddfast.cutmix import cutmix
 from ddfast.data import Dataset
 from ddfast.engine import match_gradients, segment_gradients, weight_names
 from ddfast.memory import SECOND_ORDER
+from ddfast.methods.class_steps import at_their_turn, step_by_class
 from ddfast.methods.config import Config as Shared
 from ddfast.methods.config import setting
 from ddfast.methods.run import Interrupted, Run
@@ -222,7 +223,7 @@ def step(run: Run) -> Tensor:
         for c in range(run.sampler.num_classes)
     ]
     total = run.images.new_zeros(len(classes))
-    update = partial(class_steps, run) if config.step == "per_class" else None
+    update = partial(step_by_class, run) if config.step == "per_class" else None
     for inner in range(config.inner_loop):
         gradient, losses = match(run, net, [next(each) for each in classes], inner)
         moment = f", image update {inner + 1} of {config.inner_loop}"
@@ -250,7 +251,7 @@ def match(run: Run, net: Network, real_images: list[Tensor], inner: int) -> tupl
         run.generator("augmentation", inner), run.dataset.size, count=classes, independent=True
     )
     names, metric = weight_names(net, "conv"), METRICS[config.metric]
-    stored = seen(run) if config.step == "per_class" else run.images.detach()
+    stored = at_their_turn(run) if config.step == "per_class" else run.images.detach()
     gradient, losses = torch.empty_like(stored), []
     together = _classes_at_once(run, net, names)
     for first in range(0, classes, together):
@@ -310,48 +311,6 @@ def train(
     run.processed += done
     if run.stop:
         raise Interrupted
-
-
-def seen(run: Run) -> Tensor:
-    """Where the images of each class are when its turn comes, if every class makes a step.
-
-    By then they have made one step for each class before, on their momentum b alone, which moves
-    those of class c by -lr (m + m^2 + ... + m^c) b.
-    """
-    m = run.config.momentum
-    before = _of_class(run, lambda c, classes: m * (1 - m**c) / (1 - m))
-    return run.images.detach() - run.config.lr_img * before * _velocity(run)
-
-
-def class_steps(run: Run) -> None:
-    """What an optimiser step after each class comes to; `images.grad` holds all gradients.
-
-    Class c of C has b' = m^(c+1) b + gradient at its turn, moves by it, and then by its decay for
-    the C - 1 - c classes that follow.
-    """
-    images, lr, m = run.images, run.config.lr_img, run.config.momentum
-    assert images.grad is not None
-    start = seen(run)
-    velocity = _of_class(run, lambda c, classes: m ** (c + 1)) * _velocity(run) + images.grad
-    after = _of_class(run, lambda c, classes: (1 - m ** (classes - c)) / (1 - m))
-    left = _of_class(run, lambda c, classes: m ** (classes - 1 - c))
-    with torch.no_grad():
-        images.copy_(start - lr * after * velocity)
-    if m:
-        run.optimiser.state[images]["momentum_buffer"] = left * velocity
-
-
-def _velocity(run: Run) -> Tensor:
-    """The optimiser's momentum buffer, 0 before the first step."""
-    found = run.optimiser.state[run.images].get("momentum_buffer")
-    return torch.zeros_like(run.images) if found is None else found.detach()
-
-
-def _of_class(run: Run, value: Any) -> Tensor:
-    """A factor for each image, by its class: (num_classes * ipc, 1, 1, 1)."""
-    classes = run.sampler.num_classes
-    values = torch.tensor([float(value(c, classes)) for c in range(classes)], dtype=torch.float64)
-    return values.to(run.images).repeat_interleave(run.config.ipc).view(-1, 1, 1, 1)
 
 
 def _decoded(run: Run, images: Tensor, first: int, inner: int) -> tuple[Tensor, Tensor, list[int]]:

@@ -15,6 +15,7 @@ from ddfast.augment import DSA
 from ddfast.cutmix import cutmix
 from ddfast.data import normalise
 from ddfast.methods import Run, idc
+from ddfast.methods.class_steps import step_by_class
 from ddfast.random import generator
 
 SETTINGS: dict[str, Any] = {
@@ -209,7 +210,7 @@ def displaced(make_dataset, make_run, step: str, momentum: float) -> Tensor:
     run = make_run("idc", make_dataset([1] * 60), **settings)
     start = run.images.detach().clone()
     for _ in range(3):
-        one = partial(idc.class_steps, run) if step == "per_class" else None
+        one = partial(step_by_class, run) if step == "per_class" else None
         run.update(torch.ones_like(start), torch.zeros(60), "", one)
     moved = (run.images.detach() - start).flatten(1)
     assert (moved - moved[:, :1]).abs().max() < 1e-12
