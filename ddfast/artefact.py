@@ -7,7 +7,7 @@ import json
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from ddfast._version import __version__
 from ddfast.data.dataset import check_labels
 from ddfast.data.files import whole_file
 from ddfast.data.normalisation import denormalise
+from ddfast.synthetic import check_decoder, decode
 
 __all__ = ["FORMAT_VERSION", "SPACES", "Artefact", "load", "save"]
 
@@ -55,6 +56,8 @@ class Artefact:
         seed: of the run.
         soft_labels: None, or float32 `(N, num_classes)`, finite.
         lr: None, or the learning rate that was learned with the images, above 0.
+        decoder: None, or how `decoded` makes the images to train on from those stored: plain
+            values for `ddfast.synthetic.decode`.
         versions: of ddfast and torch.
 
     Raises:
@@ -75,6 +78,7 @@ class Artefact:
     seed: int
     soft_labels: Tensor | None = None
     lr: float | None = None
+    decoder: Mapping[str, Any] | None = None
     versions: Mapping[str, str] = field(default_factory=_versions)
 
     def __post_init__(self) -> None:
@@ -90,6 +94,8 @@ class Artefact:
         self._keep("class_names", tuple(str(name) for name in self.class_names))
         self._keep("config", _plain("config", self.config))
         self._keep("versions", _plain("versions", self.versions))
+        if self.decoder is not None:
+            self._keep("decoder", _plain("decoder", self.decoder))
         _check_tensor("images", self.images, torch.float32, "(N, channels, H, W)", 4)
         check_labels(self.labels, self.num_classes, "labels")
         if len(self.labels) != len(self.images):
@@ -115,6 +121,8 @@ class Artefact:
             self._keep("lr", float(self.lr))
             if not (math.isfinite(self.lr) and self.lr > 0):
                 raise ValueError(f"lr must be finite and above 0, got {self.lr}")
+        if self.decoder is not None:
+            check_decoder(self.decoder, self.size)
 
     def _keep(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -141,6 +149,19 @@ class Artefact:
     def size(self) -> tuple[int, int]:
         """Height and width in pixels."""
         return int(self.images.shape[2]), int(self.images.shape[3])
+
+    def decoded(self) -> Artefact:
+        """The set to train on, with no decoder of its own; this one if it needs no decoding."""
+        if self.decoder is None:
+            return self
+        per_class = torch.bincount(self.labels, minlength=self.num_classes).tolist()
+        order = torch.argsort(self.labels, stable=True)
+        images, sources = decode(self.decoder, self.images[order], per_class)
+        sources = order[sources]
+        soft = None if self.soft_labels is None else self.soft_labels[sources]
+        return replace(
+            self, images=images, labels=self.labels[sources], soft_labels=soft, decoder=None
+        )
 
     def to_pixels(self) -> Tensor:
         """The images as uint8 `(N, channels, H, W)`, rounded and clamped to 0..255."""
@@ -208,6 +229,8 @@ def save(artefact: Artefact, path: str | os.PathLike[str]) -> Path:
     if artefact.lr is not None:
         tensors["lr"] = torch.tensor(artefact.lr, dtype=torch.float64)
     recipe = {name: getattr(artefact, name) for name in RECIPE}
+    if artefact.decoder is not None:
+        recipe["decoder"] = artefact.decoder
     header = {
         "format_version": FORMAT_VERSION,
         "recipe": recipe,
@@ -264,6 +287,7 @@ def load(path: str | os.PathLike[str]) -> Artefact:
             labels=tensors["labels"],
             soft_labels=tensors.get("soft_labels"),
             lr=None if lr is None else lr.item(),
+            decoder=recipe.get("decoder"),
             **{name: recipe[name] for name in RECIPE},
         )
     except KeyError as error:

@@ -66,7 +66,9 @@ class DSA:
     Attributes:
         strategy: operations joined by underscores, from color, crop, cutout, flip, scale, rotate.
             "", "none" or None: the identity.
-        mode: "S" applies one operation of the strategy, drawn uniformly; "M" all, in its order.
+        mode: "S" applies one operation of the strategy, drawn uniformly; "M" all, in its order;
+            "C", combined, is IDC's: flip and color, then one of crop, scale and rotate, then
+            cutout, as far as the strategy names them.
         prob_flip: probability of a mirrored image.
         ratio_scale: each axis is sampled at a factor from 1/ratio_scale to ratio_scale.
         ratio_rotate: largest angle either way, in degrees.
@@ -97,8 +99,10 @@ class DSA:
 
     def __post_init__(self) -> None:
         parse_strategy(self.strategy)
-        if self.mode not in ("S", "M"):
-            raise ValueError(f"mode: got {self.mode!r}, expected 'S' (one operation) or 'M' (all)")
+        if self.mode not in ("S", "M", "C"):
+            raise ValueError(
+                f"mode: got {self.mode!r}, expected 'S' (one operation), 'M' (all) or 'C' (IDC's)"
+            )
         for field in dataclasses.fields(self)[2:-1]:
             value = getattr(self, field.name)
             if isinstance(value, bool) or not isinstance(value, (int, float)):
@@ -115,6 +119,19 @@ class DSA:
         """The operations of the strategy, in its order."""
         return parse_strategy(self.strategy)
 
+    @property
+    def passes(self) -> list[tuple[str, ...]]:
+        """For each pass over the images the operations of which it applies one."""
+        names = self.operations
+        if self.mode == "M":
+            return [(name,) for name in names]
+        if self.mode == "S":
+            return [names] if names else []
+        one = tuple(name for name in names if name not in ("flip", "color", "cutout"))
+        first = [(name,) for name in ("flip", "color") if name in names]
+        last = [("cutout",)] if "cutout" in names else []
+        return [*first, *([one] if one else []), *last]
+
     def draw(
         self,
         generator: torch.Generator,
@@ -128,10 +145,9 @@ class DSA:
             generator: a CPU generator; the only source of randomness.
             size: (height, width) of the images, on which shifts and offsets depend.
             count: rows, each with parameters of its own. 1: siamese, one row for any number of
-                images. In mode "S" all rows have the same operation, as in the published code's
-                augmentation of training batches.
-            independent: mode "S": each row has an operation of its own, too (one row per class,
-                say).
+                images. Where one operation of several is drawn, all rows have the same one, as in
+                the published code's augmentation of training batches.
+            independent: each row draws an operation of its own, too (one row per class, say).
 
         Returns:
             (passes, count, 4), float64, on the CPU: passes 1 in mode "S", as many as operations in
@@ -148,16 +164,14 @@ class DSA:
             raise ValueError(f"size: got {size}, expected (height, width)")
         if not isinstance(count, int) or count < 1:
             raise ValueError(f"count: got {count!r}, expected an integer >= 1")
-        names = self.operations
-        passes = min(1, len(names)) if self.mode == "S" else len(names)
+        passes = self.passes
         # Always four numbers a row, so that how many are used up does not depend on the operation.
-        uniform = torch.rand(passes, count, 4, generator=generator, dtype=torch.float64).numpy()
-        record = np.zeros((passes, count, 4))
-        for i in range(passes):
-            chosen = np.full(count, i)
-            if self.mode == "S":
-                chosen = (uniform[i, :, 0] * len(names)).astype(np.int64)
-                chosen = chosen if independent else chosen[:1].repeat(count)
+        shape = (len(passes), count, 4)
+        uniform = torch.rand(shape, generator=generator, dtype=torch.float64).numpy()
+        record = np.zeros(shape)
+        for i, names in enumerate(passes):
+            chosen = (uniform[i, :, 0] * len(names)).astype(np.int64)
+            chosen = chosen if independent else chosen[:1].repeat(count)
             for k in np.unique(chosen):
                 where = chosen == k
                 record[i, where, 0] = OPERATIONS.index(names[k])

@@ -278,7 +278,8 @@ def _evaluate(words: list[str]) -> None:
     from ddfast import data
     from ddfast.artefact import Artefact
     from ddfast.distill import ARTEFACT
-    from ddfast.evaluate import PROTOCOLS, evaluate
+    from ddfast.evaluate import evaluate
+    from ddfast.methods import methods
 
     place = Path(options.run)
     run = place / ARTEFACT if place.is_dir() else place
@@ -290,7 +291,8 @@ def _evaluate(words: list[str]) -> None:
     if data_options is None and options.dataset is None:
         data_options = artefact.config.get("data_options")
     dataset = data.load(name, options.data_path or _data_path(place), **_plain(data_options))
-    protocol = artefact.method if artefact.method in PROTOCOLS else "dm"
+    known = methods()
+    protocol = known[artefact.method].protocol if artefact.method in known else "dm"
     out = options.out or (str(place) if place.is_dir() else None)
     report = evaluate(
         artefact,
@@ -328,7 +330,7 @@ def _evaluate_parser() -> _Parser:
     )
     parser.flag(what, ["seed"], int, 0, "every random number of the evaluation follows from it")
     how = parser.add_argument_group("how (left out: as the protocol has it)")
-    parser.flag(how, ["protocol"], str, None, "dc, dsa or dm (default: that of the method)")
+    parser.flag(how, ["protocol"], str, None, "dc, dsa, dm or idc (default: that of the method)")
     parser.flag(how, ["epochs", "epoch_eval_train"], int, None, "epochs, and one more is made")
     parser.flag(how, ["batch_train"], int, None, "images a step")
     parser.flag(how, ["lr_net"], float, None, "learning rate of the networks")

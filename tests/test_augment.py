@@ -97,8 +97,33 @@ def test_multiple_mode_draws_every_operation_in_order():
     assert not torch.equal(draw[0], draw[2])
 
 
+def test_combined_mode_is_flip_and_color_then_one_of_three_then_cutout():
+    dsa = DSA("scale_cutout_color_crop_rotate_flip", mode="C")
+    flip, color, cutout = (float(OPERATIONS.index(n)) for n in ("flip", "color", "cutout"))
+    one = {float(OPERATIONS.index(name)) for name in ("crop", "scale", "rotate")}
+    found = []
+    for seed in range(60):
+        draw = dsa.draw(generator(seed), (8, 8), 5)
+        assert draw.shape == (4, 5, 4) and (draw[2, :, 0] == draw[2, 0, 0]).all()
+        assert draw[[0, 1, 3], 0, 0].tolist() == [flip, color, cutout]
+        assert len(draw[1].unique(dim=0)) == 5  # parameters of their own
+        found.append(draw[2, 0, 0].item())
+    assert {value: found.count(value) > 10 for value in one} == dict.fromkeys(one, True)
+    rows = dsa.draw(generator(), (8, 8), 60, independent=True)
+    assert set(rows[2, :, 0].tolist()) == one
+    # As matching in IDC has it: no choice is left.
+    draw = DSA("color_crop_cutout", mode="C").draw(generator(), (8, 8))
+    crop = OPERATIONS.index("crop")
+    assert draw[:, 0, 0].tolist() == [color, crop, cutout]
+    x = images(3, 3, 8, 8)
+    expected = x
+    for record in draw:
+        expected = apply(expected, record[None])
+    assert_same_bits(dsa(x, draw), expected)
+
+
 def test_draws_depend_on_the_generator_only():
-    for dsa in (DSA(), DSA(mode="M")):
+    for dsa in (DSA(), DSA(mode="M"), DSA(mode="C")):
         first = dsa.draw(generator(3), (32, 32), 4)
         assert_same_bits(first, dsa.draw(generator(3), (32, 32), 4))
         assert not torch.equal(first, dsa.draw(generator(4), (32, 32), 4))
@@ -110,7 +135,7 @@ def test_draws_depend_on_the_generator_only():
 
 
 @pytest.mark.parametrize("strategy", ["", "none", "None", None])
-@pytest.mark.parametrize("mode", ["S", "M"])
+@pytest.mark.parametrize("mode", ["S", "M", "C"])
 def test_identity(strategy, mode):
     dsa = DSA(strategy, mode=mode)
     draw = dsa.draw(generator(), (8, 8), 2)

@@ -29,7 +29,7 @@ def test_what_all_presets_share(name):
     chosen = protocol(name, named("CIFAR10"))
     assert chosen.name == name
     assert (chosen.lr, chosen.momentum, chosen.weight_decay) == (0.01, 0.9, 5e-4)
-    assert chosen.batch == 256
+    assert chosen.batch == (64 if name == "idc" else 256)
 
 
 @pytest.mark.parametrize("name", ["dsa", "dm"])
@@ -66,7 +66,8 @@ def test_dc(dataset, batchnorm, epochs, augmentation, strategy):
 
 def test_overrides_and_steps():
     chosen = protocol("dm", named("CIFAR10"), epochs=20, batch=64, lr=0.1)
-    assert (chosen.epochs, chosen.batch, chosen.lr, chosen.decay_epoch) == (20, 64, 0.1, 11)
+    assert (chosen.epochs, chosen.batch, chosen.lr, chosen.passes) == (20, 64, 0.1, 21)
+    assert [place for place in range(21) if chosen.decay(place) != 1] == [11]
     assert chosen.steps(64) == 21
     assert chosen.steps(65) == 42
     assert protocol("dm", named("CIFAR10")).steps(100) == 1001
@@ -110,7 +111,7 @@ def test_bad_overrides(error, arguments, message):
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match="protocol must be one of dc, dsa, dm, got 'mtt'"):
+    with pytest.raises(ValueError, match="protocol must be one of dc, dsa, dm, idc, got 'mtt'"):
         protocol("mtt", named("CIFAR10"))
     with pytest.raises(ValueError, match="dsa_strategy has no meaning"):
         protocol("dc", named("CIFAR10"), dsa_strategy="crop")

@@ -166,9 +166,9 @@ def test_the_learning_rate_drops_once_and_the_momentum_with_it():
     # E = 6 drops after the pass with index 4: E = 3 (4 passes) and E = 6 share their first 3.
     wanted = plain_training(*sets[0], "MLP", dataset, Protocol("dc", 6), 0, 0)
     torch.testing.assert_close(trained(6), weights(wanted), rtol=1e-9, atol=1e-11)
-    assert Protocol("dc", 6).decay_epoch == 4
-    assert Protocol("dm", 1000).decay_epoch == 501
-    assert Protocol("dc", 300).decay_epoch == 151
+    for epochs, drop in ((6, 4), (1000, 501), (300, 151)):
+        chosen = Protocol("dc", epochs)
+        assert (chosen.decay(drop - 1), chosen.decay(drop), chosen.decay(drop + 1)) == (1, 0.1, 1)
 
 
 def test_pixels_are_normalised_on_the_fly():

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ddfast import methods
 from ddfast.artefact import Artefact
 from ddfast.data import Dataset
 from ddfast.data.files import whole_file
@@ -146,10 +147,12 @@ def unfinished(folder: Path) -> tuple[Artefact, int]:
     if found is None:
         raise ValueError(f"the run in {folder} has no checkpoint yet")
     tensors, header = found
+    settings = methods.find(run["method"]).config(**config)
     artefact = Artefact(
         images=tensors["images"].float(),
         labels=torch.arange(data["classes"]).repeat_interleave(config["ipc"]),
-        space="normalised",
+        space=settings.space,
+        decoder=settings.decoder(),
         mean=data["mean"],
         std=data["std"],
         class_names=[str(c) for c in range(data["classes"])],

@@ -253,7 +253,8 @@ class _Loop:
         return Artefact(
             images=run.images.detach().float(),
             labels=run.labels,
-            space="normalised",
+            space=run.config.space,
+            decoder=run.config.decoder(),
             mean=data.mean,
             std=data.std,
             class_names=data.class_names,
@@ -269,8 +270,8 @@ class _Loop:
             self.picture()
 
     def picture(self) -> None:
-        data, images = self.run.dataset, self.run.images.detach()
-        grid(images, self.run.labels, data.mean, data.std, self.out / "grid.png")
+        made, (mean, std) = self.artefact(), (self.run.dataset.mean, self.run.dataset.std)
+        grid(made.normalised(mean, std), made.labels, mean, std, self.out / "grid.png")
 
 
 def _state(run: Run) -> dict[str, Tensor]:

@@ -35,6 +35,7 @@ class _Part:
 
     rows: dict[str, slice]  # name -> which of the sets
     sets: Sequence[TrainingSet]
+    stored: int  # images of which each set is made
     protocol: Protocol
     seed: int
 
@@ -65,15 +66,16 @@ def evaluate(
 
     For each model the report has a row for the distilled set with its hard labels, one with its
     soft labels if it has any, one for random selections with as many images of each class, and one
-    for the full data with about as many SGD steps (see `ddfast.evaluate.steps_matched`). A learned
-    learning rate is not used: the protocols have their own.
+    for the full data with about as many SGD steps (see `ddfast.evaluate.steps_matched`). An
+    artefact with a decoder is decoded first; what counts for the selections is what it stores. A
+    learned learning rate is not used: the protocols have their own.
 
     Args:
         distilled: an artefact (one with other constants is converted); or a pair of images,
             `(N, channels, H, W)`, float normalised as the data set is or uint8, and int64 labels.
         dataset: its test images decide; `ddfast.data.hold_out` for choosing settings without them.
         models: names for `ddfast.nets.build`.
-        protocol: `"dc"`, `"dsa"` or `"dm"`, see `ddfast.evaluate.protocol`.
+        protocol: `"dc"`, `"dsa"`, `"dm"` or `"idc"`, see `ddfast.evaluate.protocol`.
         num_eval: networks for each set.
         seed: all random numbers follow from it: the selections from (seed, "evaluate: selection",
             number), the networks as in `ddfast.evaluate.train_networks`.
@@ -94,24 +96,32 @@ def evaluate(
     for what, value in (("num_eval", num_eval), ("selections", selections)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{what} must be an integer of at least 1, got {value!r}")
-    hard, soft = _own_sets(distilled, dataset)
-    others = random_sets(hard[1], dataset, selections, seed) if baselines else []
+    stored, hard, soft = _own_sets(distilled, dataset)
+    others = random_sets(stored, dataset, selections, seed) if baselines else []
+    factor = 1
+    if isinstance(distilled, Artefact) and distilled.decoder is not None:
+        factor = distilled.decoder.get("factor", 1)
 
     plans = []
     for model, batchnorm in names.items():
-        chosen = protocols.protocol(
-            protocol,
-            dataset,
-            batchnorm,
-            epochs=epochs,
-            batch=batch,
-            lr=lr,
-            dsa_strategy=dsa_strategy,
-        )
-        plans.append((model, _parts(hard, soft, others, dataset, chosen, seed, baselines)))
+        chosen = {
+            images: protocols.protocol(
+                protocol,
+                dataset,
+                batchnorm,
+                epochs=epochs,
+                batch=batch,
+                lr=lr,
+                dsa_strategy=dsa_strategy,
+                ipc=max(1, round(images / dataset.num_classes)),
+                factor=factor,
+            )
+            for images in {len(stored), len(hard[1])}
+        }
+        plans.append((model, _parts(len(stored), hard, soft, others, dataset, chosen, seed)))
     where = _device(device)
     work = sum(
-        num_eval * len(part.sets) * part.images * (part.protocol.epochs + 1)
+        num_eval * len(part.sets) * part.images * part.protocol.passes
         for _, parts in plans
         for part in parts
     )
@@ -179,8 +189,8 @@ def _checked_models(models: str | Sequence[str], dataset: Dataset) -> dict[str, 
 
 def _own_sets(
     distilled: Artefact | TrainingSet, dataset: Dataset
-) -> tuple[TrainingSet, TrainingSet | None]:
-    """The set with hard labels, and with soft ones if it has any."""
+) -> tuple[Tensor, TrainingSet, TrainingSet | None]:
+    """Labels of the stored images, the set with hard labels, and with soft ones if it has any."""
     if not isinstance(distilled, Artefact):
         try:
             images, labels = distilled
@@ -192,7 +202,7 @@ def _own_sets(
         check_sets([(images, labels)], dataset)
         if labels.is_floating_point():
             raise TypeError("labels must be int64 classes; soft labels go with an Artefact")
-        return (images, labels), None
+        return labels, (images, labels), None
     if distilled.class_names != dataset.class_names:
         raise ValueError(
             f"the artefact's classes are {_some(distilled.class_names)}, those of {dataset.name} "
@@ -203,9 +213,10 @@ def _own_sets(
             f"the artefact's images are {_shape(distilled)}, those of {dataset.name} are "
             f"{_shape(dataset)}"
         )
-    images = distilled.normalised(dataset.mean, dataset.std)
-    soft = distilled.soft_labels
-    return (images, distilled.labels), None if soft is None else (images, soft)
+    decoded = distilled.decoded()
+    images, soft = decoded.normalised(dataset.mean, dataset.std), decoded.soft_labels
+    hard = (images, decoded.labels)
+    return distilled.labels, hard, None if soft is None else (images, soft)
 
 
 def _some(names: Sequence[str]) -> str:
@@ -217,25 +228,40 @@ def _shape(images: Artefact | Dataset) -> str:
 
 
 def _parts(
+    stored: int,
     hard: TrainingSet,
     soft: TrainingSet | None,
     others: list[TrainingSet],
     dataset: Dataset,
-    chosen: Protocol,
+    chosen: dict[int, Protocol],
     seed: int,
-    baselines: bool,
 ) -> list[_Part]:
-    rows = {"distilled": slice(0, 1)}
-    if others:
-        rows["random selection"] = slice(1, None)
-    parts = [_Part(rows, [hard, *others], chosen, seed)]
+    """The distilled set and, if there are random selections, these and the full data.
+
+    Args:
+        stored: images of the distilled set before it was decoded, and of each selection.
+        chosen: the protocol by the number of images that are trained on.
+    """
+    decoded = len(hard[1])
+    own = {"distilled": slice(0, 1)}
+    if others and stored == decoded:
+        rows = {**own, "random selection": slice(1, None)}
+        parts = [_Part(rows, [hard, *others], stored, chosen[stored], seed)]
+    else:
+        parts = [_Part(own, [hard], stored, chosen[decoded], seed)]
+        if others:
+            rows = {"random selection": slice(0, None)}
+            other_seed = seed_of(seed, "evaluate: random selection")
+            parts.append(_Part(rows, others, stored, chosen[stored], other_seed))
     if soft is not None:
-        parts.insert(0, _Part({"distilled, soft labels": slice(0, 1)}, [soft], chosen, seed))
-    if baselines:
+        row = {"distilled, soft labels": slice(0, 1)}
+        parts.insert(0, _Part(row, [soft], stored, chosen[decoded], seed))
+    if others:
         full = (dataset.train_images, dataset.train_labels)
-        matched = steps_matched(chosen, len(hard[0]), len(full[0]))
+        matched = steps_matched(chosen[decoded], decoded, len(full[0]))
         full_seed = seed_of(seed, "evaluate: full data")
-        parts.append(_Part({"full data": slice(0, 1)}, [full], matched, full_seed))
+        row = {"full data": slice(0, 1)}
+        parts.append(_Part(row, [full], len(full[0]), matched, full_seed))
     return parts
 
 
@@ -270,8 +296,8 @@ def _rows(
                 model=model,
                 protocol=part.protocol,
                 images=part.images,
-                ipc=part.images / dataset.num_classes,
-                ratio=part.images / len(dataset.train_labels),
+                ipc=part.stored / dataset.num_classes,
+                ratio=part.stored / len(dataset.train_labels),
                 accuracies=mine,
                 seconds=seconds * len(mine) / len(accuracies),
                 peak_memory=peak_memory(device),

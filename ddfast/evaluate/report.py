@@ -27,9 +27,10 @@ class Row:
         name: `"distilled"`, `"distilled, soft labels"`, `"random selection"` or `"full data"`.
         model: name of the architecture.
         protocol: how they were trained.
-        images: in each set.
-        ipc: images per class, the mean if classes differ.
-        ratio: `images` as a share of the training images, from 0 to 1.
+        images: in each set, as it was trained on.
+        ipc: images per class that are stored, the mean if classes differ. More are trained on
+            where a stored image is decoded to several.
+        ratio: the stored images as a share of the training images, from 0 to 1.
         accuracies: in percent, for each set those of its networks.
         seconds: of training and testing; rows that were trained together share the time by their
             numbers of networks.
@@ -118,7 +119,7 @@ class Report:
             cells = (
                 name,
                 row.model,
-                f"{row.protocol.name}, {row.protocol.epochs + 1} epochs",
+                f"{row.protocol.name}, {row.protocol.passes} epochs",
                 row.accuracy,
                 f"{each}" if sets == 1 else f"{sets} sets x {each}",
                 f"{row.ipc:.4g}",

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from ddfast import nets
 from ddfast.augment import DSA
+from ddfast.cutmix import cutmix
 from ddfast.data import Dataset, normalise
 from ddfast.data.dataset import check_labels
 from ddfast.evaluate.dc_augmentation import dc_augment
@@ -324,11 +325,12 @@ def _train(
 
     orders = [member.generator(seed, "order") for member in group]
     augment = _augmentation(protocol, [member.generator(seed, "augmentation") for member in group])
+    mixing = [member.generator(seed, "cutmix") for member in group]
     first = torch.tensor([member.place * count for member in group]).unsqueeze(1)
     images, targets = images.flatten(0, 1), targets.flatten(0, 1)
     momentum = torch.zeros_like(flat)
     lr = protocol.lr
-    for epoch in range(protocol.epochs + 1):
+    for epoch in range(protocol.passes):
         order = first + torch.stack([torch.randperm(count, generator=g) for g in orders])
         total = flat.new_zeros(networks)
         for start in range(0, count, protocol.batch):
@@ -339,11 +341,13 @@ def _train(
             if x.dtype == torch.uint8:
                 x = normalise(x, dataset.mean, dataset.std, flat.dtype)
             x = augment(x.unflatten(0, where.shape))
-            losses = (
-                F.cross_entropy(logits(x).flatten(0, 1), targets[where.flatten()], reduction="none")
-                .view(where.shape)
-                .mean(1)
-            )
+            if protocol.cutmix:
+                x, partner, share = cutmix(x, mixing, protocol.cutmix)
+            predicted = logits(x).flatten(0, 1)
+            losses = _losses(predicted, targets[where.flatten()], where)
+            if protocol.cutmix:
+                others = _losses(predicted, targets[where.gather(1, partner).flatten()], where)
+                losses = share * losses + (1 - share) * others
             gradients = torch.autograd.grad(losses.sum(), leaves)
             with torch.no_grad():
                 total += losses
@@ -352,9 +356,10 @@ def _train(
                 momentum.mul_(protocol.momentum).add_(gradient)
                 flat.add_(momentum, alpha=-lr)
         _check_losses(total, group, epoch, protocol)
-        if epoch == protocol.decay_epoch:
-            lr *= 0.1
-            momentum.zero_()
+        if protocol.decay(epoch) != 1:
+            lr *= protocol.decay(epoch)
+            if protocol.schedule == "dc":
+                momentum.zero_()
         if on_progress is not None:
             on_progress(networks)
     with torch.no_grad():
@@ -368,8 +373,8 @@ def _augmentation(
     protocol: Protocol, generators: Sequence[torch.Generator]
 ) -> Callable[[Tensor], Tensor]:
     """What is done to a batch `(networks, n, channels, H, W)`; a generator for each network."""
-    if protocol.augmentation == "dsa":
-        dsa = DSA(protocol.strategy)
+    if protocol.augmentation in ("dsa", "idc"):
+        dsa = DSA(protocol.strategy, mode="S" if protocol.augmentation == "dsa" else "C")
 
         def augment(x: Tensor) -> Tensor:
             draws = [dsa.draw(each, x.shape[-2:], count=x.shape[1]) for each in generators]
@@ -384,6 +389,11 @@ def _augmentation(
             ]
         )
     return lambda x: x
+
+
+def _losses(logits: Tensor, targets: Tensor, where: Tensor) -> Tensor:
+    """Mean cross-entropy of each network; `where` has the shape (networks, n)."""
+    return F.cross_entropy(logits, targets, reduction="none").view(where.shape).mean(1)
 
 
 def _check_losses(total: Tensor, group: Sequence[_Member], epoch: int, protocol: Protocol) -> None:

@@ -1,8 +1,9 @@
 """The methods: one file each, with its settings (`Config`) and what it does per iteration (`step`).
 
-A method is a module with `TITLE`, `MATCHES`, `Config`, `check(run)`, which refuses what cannot work
-before the first step, and `step(run)`, which changes the synthetic set and returns the loss of each
-class. Everything else (data, checkpoints, logging, evaluation) is shared; see `ddfast.distill`.
+A method is a module with `TITLE`, `MATCHES`, `PROTOCOL`, `Config`, `check(run)`, which refuses what
+cannot work before the first step, and `step(run)`, which changes the synthetic set and returns the
+loss of each class. Everything else (data, checkpoints, logging, evaluation) is shared; see
+`ddfast.distill`.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
-from ddfast.methods import dc, dm, dsa
+from ddfast.methods import dc, dcc, dm, dsa, dsac, idc, idc_i
 from ddfast.methods.config import Config, as_json, resolve
 from ddfast.methods.run import Diverged, Interrupted, Run, start
 
@@ -26,6 +28,7 @@ class Method:
         name: as on the command line.
         title: of the paper, with authors, venue and year.
         matches: the statistic that is matched.
+        protocol: by which the paper evaluates, see `ddfast.evaluate.protocol`.
         status: how far it has been verified.
         config: the class of its settings.
         check, step: see the module's docstring.
@@ -34,6 +37,7 @@ class Method:
     name: str
     title: str
     matches: str
+    protocol: str
     status: str
     config: type[Config]
     check: Callable[[Run], None]
@@ -43,11 +47,27 @@ class Method:
 def methods() -> dict[str, Method]:
     """Every method by its name."""
     verified = "verified step by step against a literal loop"
+    modules: dict[str, Any] = {
+        "dm": dm,
+        "dc": dc,
+        "dsa": dsa,
+        "dcc": dcc,
+        "dsac": dsac,
+        "idc_i": idc_i,
+        "idc": idc,
+    }
     return {
         name: Method(
-            name, module.TITLE, module.MATCHES, verified, module.Config, module.check, module.step
+            name,
+            module.TITLE,
+            module.MATCHES,
+            module.PROTOCOL,
+            verified,
+            module.Config,
+            module.check,
+            module.step,
         )
-        for name, module in (("dm", dm), ("dc", dc), ("dsa", dsa))
+        for name, module in modules.items()
     }
 
 

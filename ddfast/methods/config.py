@@ -7,9 +7,13 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass
-from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+import torch
+from torch import Tensor
 
 from ddfast.data import Dataset, canonical_name, names
+from ddfast.synthetic import pixels
 
 C = TypeVar("C", bound="Config")
 
@@ -58,9 +62,14 @@ class Config:
     A method's config adds its own fields and says in `published` what it uses where a field is left
     out (None). The names are those of the official scripts' flags. `resolve` fills them all in.
 
+    Attributes:
+        space: of the synthetic images, see `ddfast.artefact.Artefact`.
+
     Raises:
         TypeError, ValueError: a value of the wrong type or out of range; the message names it.
     """
+
+    space: ClassVar[str] = "normalised"
 
     dataset: str = setting("name of the data set, such as digits or CIFAR10", group="task")
     data_path: str = setting("folder that holds its files", group="task", identity=False)
@@ -97,6 +106,19 @@ class Config:
     def published(self, dataset: Dataset) -> Mapping[str, Any]:
         """The value of every field that may be left out, for this data set and `self.ipc`."""
         return {"model": DIGITS_MODEL if dataset.name == "digits" else _convnet(dataset.size)}
+
+    def starting_images(
+        self, dataset: Dataset, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:
+        """What the run starts from: `ipc` images of each class in `space`, and their labels."""
+        return pixels(dataset, self.ipc, self.init, generator)
+
+    def decoder(self) -> Mapping[str, Any] | None:
+        """How the images are decoded for training (`ddfast.synthetic.decode`); None if as they are.
+
+        To be asked of a resolved config.
+        """
+        return None
 
 
 def resolve(config: C, dataset: Dataset) -> C:

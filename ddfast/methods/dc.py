@@ -29,6 +29,7 @@ from ddfast.nets import Network, has_batchnorm
 
 TITLE = "Dataset Condensation with Gradient Matching (Zhao, Mopuri and Bilen, ICLR 2021)"
 MATCHES = "weight gradients of each class, in networks trained on the synthetic set"
+PROTOCOL = "dc"
 
 LOOPS = {1: (1, 1), 10: (10, 50), 20: (20, 25), 30: (30, 20), 40: (40, 15), 50: (50, 10)}
 """ipc: (outer_loop, inner_loop) as published."""

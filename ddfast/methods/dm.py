@@ -30,6 +30,7 @@ from ddfast.nets import Network, has_batchnorm
 
 TITLE = "Dataset Condensation with Distribution Matching (Zhao and Bilen, WACV 2023)"
 MATCHES = "mean features of each class, in random networks"
+PROTOCOL = "dm"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,6 +17,7 @@ from ddfast.methods.config import dsa_strategy, setting
 
 TITLE = "Dataset Condensation with Differentiable Siamese Augmentation (Zhao and Bilen, ICML 2021)"
 MATCHES = "as DC, with the same augmentation on both sides"
+PROTOCOL = "dsa"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -13,7 +14,6 @@ from ddfast.data import ClassSampler, Dataset, normalise
 from ddfast.memory import activation_bytes, images_at_once
 from ddfast.methods.config import Config
 from ddfast.random import generator
-from ddfast.synthetic import pixels
 
 
 class Diverged(RuntimeError):
@@ -31,7 +31,7 @@ class Run:
     Attributes:
         config: resolved; a method finds its own fields in it.
         tensors: what is learned, by name; `images` is (num_classes * ipc, channels, H, W), class 0
-            first, normalised. A checkpoint saves them.
+            first, in the space that the config says. A checkpoint saves them.
         labels: int64, of the synthetic images.
         real_images: uint8, the training images, on the run's device if they take little of it.
         optimiser: over `tensors`. A checkpoint saves its state.
@@ -89,13 +89,20 @@ class Run:
         """Where the synthetic images of classes first to end - 1 lie."""
         return slice(first * self.config.ipc, end * self.config.ipc)
 
-    def update(self, gradient: Tensor, losses: Tensor, moment: str = "") -> None:
+    def update(
+        self,
+        gradient: Tensor,
+        losses: Tensor,
+        moment: str = "",
+        step: Callable[[], object] | None = None,
+    ) -> None:
         """One optimiser step on the images, unless something is not finite.
 
         Args:
             gradient: of the summed losses with respect to `images`.
             losses: (num_classes,).
             moment: where in the iteration, for the message.
+            step: makes the step from `images.grad`; None for the optimiser's.
 
         Raises:
             Diverged: naming the iteration and the classes; the images are then as before.
@@ -104,7 +111,7 @@ class Run:
         self._check(losses[:, None], "the loss", moment)
         self._check(gradient.unflatten(0, (-1, self.config.ipc)), "the gradient", moment)
         self.images.grad = gradient
-        self.optimiser.step()
+        (step or self.optimiser.step)()
         self.images.grad = None
         images = self.images.detach()
         self._check(images.unflatten(0, (-1, self.config.ipc)), "an image", moment)
@@ -144,7 +151,7 @@ def start(
         generator(config.seed, "network"),
     )
     net = net.to(device, dtype)
-    images, labels = pixels(dataset, config.ipc, config.init, generator(config.seed, "images"))
+    images, labels = config.starting_images(dataset, generator(config.seed, "images"))
     images = images.to(device, dtype).requires_grad_()
     return Run(
         config=config,

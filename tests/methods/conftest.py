@@ -32,8 +32,8 @@ def _dataset(counts: list[int], channels: int = 2, size: tuple[int, int] = (8, 8
         test_images=images[:1],
         test_labels=labels[:1],
         class_names=tuple(f"name{c}" for c in range(len(counts))),
-        mean=(0.4, 0.6)[:channels],
-        std=(0.2, 0.3)[:channels],
+        mean=(0.4, 0.6, 0.5)[:channels],
+        std=(0.2, 0.3, 0.25)[:channels],
     )
 
 
