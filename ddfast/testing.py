@@ -163,11 +163,18 @@ def spilled_bytes(ptx: str, capability: int) -> int:
     return sum(int(count) for count in re.findall(r"(\d+) bytes spill", report))
 
 
+def loaded_bytes(ptx: str) -> int:
+    """Bytes that a thread loads from global memory, every instruction counted once."""
+    loads = re.findall(r"\bld\.global[.\w:]*?(?:\.v(\d))?\.[busf](\d+)\b", ptx)
+    return sum(int(many or 1) * int(bits) // 8 for many, bits in loads)
+
+
 def compile_ahead_of_time(operator: str, capability: int) -> list[dict[str, Any]]:
     """Compile `ddfast.kernels.<operator>.ahead_of_time()` in a process of its own.
 
     Returns:
-        Per kernel: name, constants, shared and spilled (bytes).
+        Per kernel: name, constants, shared and spilled (bytes), loaded (bytes of a thread that the
+        text says, a loop's once).
 
     Raises:
         AssertionError: a kernel does not compile or uses more shared memory than the GPU has.
@@ -204,6 +211,7 @@ def _compile_here(operator: str, capability: int) -> None:
             "constants": {name: str(value) for name, value in constants.items()},
             "shared": built.metadata.shared,
             "spilled": spilled_bytes(built.asm["ptx"], capability),
+            "loaded": loaded_bytes(built.asm["ptx"]),
         }
         print(json.dumps(row), flush=True)
 

@@ -29,8 +29,10 @@ from ddfast.reference.class_weight_grad import (
 )
 from ddfast.reference.gradient_distance import accumulator
 
-#: Programs that fill any GPU; a constant, so that results do not depend on the GPU.
-PROGRAMS = 512
+#: Programs that fill any GPU several times over; a constant, so that results do not depend on it.
+PROGRAMS = 2048
+#: Positions below which a program writes more partial sums than its work is worth.
+FEWEST = 512
 
 
 class Tile(NamedTuple):
@@ -62,7 +64,7 @@ def choose_tile(outputs: int, columns: int, positions: int, kind: str) -> Tile:
 
 def chunk_size(images: int, programs: int, pixels: int) -> int:
     """Images of one chunk, where one chunk per class makes `programs` programs."""
-    chunks = max(1, min(images, -(-PROGRAMS // max(1, programs))))
+    chunks = max(1, min(images, -(-PROGRAMS // programs), images * pixels // FEWEST))
     return max(1, min(-(-images // chunks), (2**31 - 1) // pixels))
 
 
@@ -368,4 +370,7 @@ def ahead_of_time() -> list[tuple[object, dict[str, str], dict[str, object], dic
             "POSITIONS": tile.positions,
         }
         variants.append((weight_grad_kernel, types, constants, {"num_warps": tile.warps}))
-    return variants
+    # A launch turns every size of one into a constant.
+    kernel, types, constants, options = variants[1]
+    ones = {name: 1 for name, kind in types.items() if kind in ("i32", "i64")}
+    return [*variants, (kernel, types, ones | constants, options)]

@@ -372,5 +372,7 @@ def ahead_of_time() -> list[tuple[object, dict[str, str], dict[str, object], dic
             if kernel is forward_kernel:
                 constants["EPS"] = 1e-5
             integers = dict.fromkeys(kernel.arg_names, "i64" if grouped else "i32")
+            if dtype == "bf16":  # A launch turns every size of one into a constant.
+                constants = dict.fromkeys(integers.keys() - types.keys(), 1) | constants
             variants.append((kernel, integers | types, constants, {"num_warps": tile.warps}))
     return variants

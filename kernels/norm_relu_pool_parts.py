@@ -49,7 +49,7 @@ def _curvature(y, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _chosen(a, POOL: tl.constexpr):
+def _chosen(a):
     """Which corner max pooling takes: the first NaN, else the first maximum."""
     corner = tl.arange(0, 4)[None, None, :]
     maximum = tl.max(a, 2, keep_dims=True)
@@ -62,7 +62,7 @@ def _chosen(a, POOL: tl.constexpr):
 def _pool(v, a, POOL: tl.constexpr):
     """v, (channels, cells, corners), pooled as the activations a are."""
     if POOL == "max":
-        pooled = tl.sum(tl.where(_chosen(a, POOL), v, 0.0), 2)
+        pooled = tl.sum(tl.where(_chosen(a), v, 0.0), 2)
     elif POOL == "average":
         pooled = tl.sum(v, 2) * 0.25
     else:
@@ -75,7 +75,7 @@ def _unpool(g, a, POOL: tl.constexpr):
     """The transpose: g, (channels, cells), spread over the corners."""
     g = g[:, :, None]
     if POOL == "max":
-        g = tl.where(_chosen(a, POOL), g, 0.0)
+        g = tl.where(_chosen(a), g, 0.0)
     elif POOL == "average":
         g = g * 0.25
     return g

@@ -8,6 +8,7 @@ import itertools
 import pytest
 import torch
 
+from ddfast.ops import class_weight_grad as ops
 from ddfast.reference import class_weight_grad as reference
 from ddfast.testing import (
     assert_same_bits,
@@ -97,6 +98,7 @@ def test_around_the_tiles(kernels, triton_device, inputs, outputs):
 @pytest.mark.parametrize("counts", [[7, 7], [11, 3]])
 def test_images_in_several_chunks(kernels, triton_device, monkeypatch, counts):
     """The sum of two chunks is that of one; the last chunk may be short, or missing."""
+    monkeypatch.setattr(kernels, "FEWEST", 1)
     monkeypatch.setattr(kernels, "PROGRAMS", 1)
     assert kernels.chunk_size(max(counts), 2, 9) == max(counts)
     x, grad = pair(14, 3, 4, ((3, 3), 1, (3, 3)), torch.float32, triton_device)
@@ -108,13 +110,16 @@ def test_images_in_several_chunks(kernels, triton_device, monkeypatch, counts):
 
 
 def test_chunks(kernels):
-    """Enough programs for a GPU whatever the classes, and positions that 32 bits can count."""
+    """Enough programs for a GPU, each with enough to do, and positions that 32 bits can count."""
     for images, programs, pixels in itertools.product((1, 10, 256), (2, 20, 360, 5000), (1, 1024)):
         size = kernels.chunk_size(images, programs, pixels)
         chunks = -(-images // size)
         assert 1 <= size <= images
-        assert chunks == images or chunks * programs * 2 > kernels.PROGRAMS
         assert chunks == 1 or (chunks - 1) * programs < kernels.PROGRAMS
+        assert chunks == 1 or size * pixels >= kernels.FEWEST
+        full = chunks * programs * 2 > kernels.PROGRAMS
+        assert full or chunks == images or size * pixels <= 2 * kernels.FEWEST or chunks == 1
+    assert kernels.chunk_size(256, 20, 1024) == 3 and kernels.chunk_size(10, 360, 64) == 10
     assert kernels.chunk_size(10**6, 10**4, 10**4) * 10**4 < 2**31
 
 
@@ -224,6 +229,18 @@ def test_linear_layers_by_class(kernels, triton_device, counts):
         ),
     ):
         torch.testing.assert_close(ours, expected, rtol=1e-13, atol=1e-13)
+
+
+def test_the_cuda_keys_answer_with_these_kernels(kernels, triton_device):
+    x, grad = pair(3, 2, 4, CONVOLUTIONS[0], torch.float32, triton_device)
+    weight = poisoned((2, 4, 2, 3, 3), torch.float32, triton_device)
+    for name, arguments in (
+        ("conv", (x, weight, [1, 2], 1, "auto")),
+        ("input_grad", (grad, weight, [1, 2], [5, 6], 1, "auto")),
+        ("weight_grad", (x, grad, [1, 2], [3, 3], 1, "auto")),
+    ):
+        ours = getattr(ops, f"_{name}_cuda")(kernels, *arguments)
+        assert_same_bits(ours, getattr(kernels, f"class_{name}")(*arguments))
 
 
 def test_arguments_are_checked_as_the_reference_checks_them(kernels, triton_device):

@@ -297,3 +297,9 @@ def test_compiles_ahead_of_time(capability):
     names = {"forward_kernel", "backward_kernel", "tangent_kernel", "tangent_backward_kernel"}
     assert {k["name"] for k in kernels} == names
     assert all(k["spilled"] == 0 for k in kernels), kernels
+    # A resident tile is loaded once, by whichever pass comes first: 16 elements of a thread for
+    # each plane before pooling and 4 for each behind it, statistics and parameters.
+    once = dict(zip(sorted(names), (64 + 16, 64, 2 * 80, 2 * 64), strict=True))
+    resident = [k for k in kernels if k["constants"]["ACTIVATION"] == "relu"]
+    assert {k["name"] for k in resident} == names
+    assert all(k["loaded"] < 1.5 * once[k["name"]] for k in resident), resident
