@@ -87,8 +87,13 @@ template <typename T> struct winograd_plan {
       for (int64_t k = k_first; k < k_end; ++k) {
         T taps[9 * width<T>];
         const T *from = weight + s.origin + (first + j) * s.column + k * s.channel;
-        for (int64_t l = 0; l < width<T>; ++l)
-          for (int64_t t = 0; t < 9; ++t) taps[t * width<T> + l] = l < count ? from[l * s.column + t * s.tap] : T(0);
+        for (int64_t t = 0; t < 9; ++t, from += s.tap)
+          if (count == width<T>)
+            for (int64_t l = 0; l < width<T>; ++l) taps[t * width<T> + l] = from[l * s.column];
+          else
+            for (int64_t l = 0; l < width<T>; ++l) taps[t * width<T> + l] = l < count ? from[l * s.column] : T(0);
+        // 36 streams are more than the processor foresees by itself.
+        for (int64_t p = 0; p < 36; ++p) __builtin_prefetch(to + p * step + (k + 4) * columns + j, 1, 2);
         transform_weight(taps, width<T>, to + k * columns + j, step);
       }
     }
