@@ -34,6 +34,8 @@ backend.triton_kernels = lambda module: (asked.append(module), find(module))[1]
 syn, real = ([torch.linspace(-1, top, 12).reshape(3, 4)] for top in (1, 2))
 grad, images = torch.ones(1), torch.linspace(-1, 1, 150).reshape(2, 3, 5, 5)
 draw = torch.tensor([[1.0, 1.0, 1.0, 0.0]], dtype=torch.float64)  # crop
+pooled, block = torch.linspace(-1, 1, 24).reshape(2, 3, 2, 2), ("relu", "average")
+statistics = torch.zeros(2, 3), torch.ones(2, 3)
 common = (syn, real, "row_cosine", 1e-6, False)
 calls = {
     "gradient_distance": (*common, True),
@@ -43,6 +45,12 @@ calls = {
     "class_mean_distance": (syn[0], real[0], [2, 1], [1, 2]),
     "augment": (images, draw, False, True),
     "augment_adjoint": (images, draw, False),
+    "norm_relu_pool": (images, None, None, 3, 1e-5, *block),
+    "norm_relu_pool_bwd": (pooled, images, None, None, *statistics, 3, *block),
+    "norm_relu_pool_tangent": (images, images.cos(), *(None,) * 4, *statistics, 3, *block),
+    "norm_relu_pool_tangent_bwd": (
+        pooled, None, images, images.cos(), *(None,) * 4, *statistics, 3, *block
+    ),
 }
 for name, arguments in calls.items():
     on_cuda, on_cpu = (flatten(registered[name, key](*arguments)) for key in ("CUDA", "CPU"))

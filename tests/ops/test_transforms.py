@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from ddfast import augment, losses
+from ddfast import augment, layers, losses
 from ddfast.reference import gradient_distance as reference
 
 OTHER = torch.linspace(-1, 1, 24, dtype=torch.float64).reshape(2, 3, 4)
@@ -16,6 +16,7 @@ FUNCTIONS = {
     "class_mean": lambda x: losses.class_mean(x),
     "class_mean_distance": lambda x: losses.class_mean_distance(x, OTHER).sum(),
     "augment": lambda x: augment.apply(x[None], DRAW),
+    "norm_relu_pool": lambda x: layers.norm_relu_pool(x[None], groups=2),
 }
 
 
