@@ -70,7 +70,9 @@ def both(module, case, dtype=torch.float64, wide=False, layout=lambda t: t):
 def test_error_budget(case, dtype, level):
     with at_level(level):
         ours = both(ops, case, dtype)
-    assert_within_budget(ours, both(reference, case, dtype), both(reference, case, dtype, True))
+    eager, exact = both(reference, case, dtype), both(reference, case, dtype, wide=True)
+    # In float64 the reference is its own truth: only the order of its sums differs.
+    assert_within_budget(ours, eager, exact, tiny=4 if dtype == torch.float32 else 64)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

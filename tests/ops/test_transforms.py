@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from ddfast import augment, losses
+from ddfast import augment, layers, losses
 from ddfast.ops import class_weight_grad as convolutions
 from ddfast.reference import gradient_distance as reference
 from ddfast.synthetic import multi_formation
@@ -30,6 +30,7 @@ OPERATORS = {
     "class_weight_grad": lambda x: convolutions.class_weight_grad(
         x[:, 0], x[:, 1], [2], [], 0, "auto"
     ),
+    "norm_relu_pool": lambda x: layers.norm_relu_pool(x[None], groups=2),
 }
 
 
