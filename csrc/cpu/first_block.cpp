@@ -32,7 +32,7 @@ template <typename T> struct first_block_plan {
   T *partial;
   char *local;
 
-  bool backward() const { return x.norm.grad != nullptr; }
+  bool backward() const { return x.conv.out != nullptr; }
   int64_t slab_elements() const { return group * g.out_pixels() * g.outputs; }
 
   class_conv_arguments conv_of(const int64_t *first) const {

@@ -118,9 +118,9 @@ struct norm_relu_pool_arguments {
 
 // The first block of a network: a convolution, then norm_relu_pool on what it writes.
 struct first_block_arguments {
-  class_conv_arguments conv;      // by_grad, with one weight for all classes; out: backward only,
-                                  // the weight gradients of each class
-  norm_relu_pool_arguments norm;  // x null; with grad: backward, in which out is null
+  class_conv_arguments conv;      // by_grad, with one weight for all classes; with out, where each
+                                  // class's weight gradients go: backward
+  norm_relu_pool_arguments norm;  // x null; backward: out null
   const void *bias;               // of the convolution; may be missing
   void *out_bias;                 // backward: images x O, may be missing
 };
