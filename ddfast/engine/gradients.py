@@ -29,7 +29,7 @@ from ddfast.ops.registry import refuse_transforms
 PATHS = ("auto", "fused", "general")
 ALGORITHMS = ("auto", "direct", "winograd")
 
-CACHE = 24 << 20
+CACHE = 48 << 20
 """Bytes of activations that go through the network together on a CPU, to stay in its cache."""
 
 # Peak numbers held per image of the fused passes, in (convolution outputs, block inputs); measured.
