@@ -55,7 +55,7 @@ gpu:
 
 bench: .venv/installed
 	rm -f benchmarks/results/cpu.csv
-	for file in gradient_distance class_mean augment; do \
+	for file in gradient_distance class_mean augment norm_relu_pool; do \
 	  $(BIN)/python benchmarks/bench_$$file.py --out benchmarks/results/cpu.csv || exit 1; done
 
 clean:
