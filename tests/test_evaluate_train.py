@@ -15,6 +15,7 @@ from ddfast.evaluate import NotFinite, Protocol, accuracy, train_networks
 from ddfast.evaluate import train as train_module
 from ddfast.evaluate.dc_augmentation import dc_augment
 from ddfast.evaluate.stacked import can_stack, stacked_logits
+from ddfast.nets import fusion
 from ddfast.random import generator
 
 SEED = 11
@@ -306,7 +307,9 @@ def test_the_stack_follows_the_rule():
         ("MLP", 2, 5),
     ],
 )
-def test_stacked_logits_and_gradients_are_each_network_s(name, channels, side):
+@pytest.mark.parametrize("fused", [False, True])
+def test_stacked_logits_and_gradients_are_each_network_s(name, channels, side, fused, monkeypatch):
+    monkeypatch.setattr(fusion, "LEAST", 0 if fused else 1 << 60)
     g = torch.Generator().manual_seed(1)
     group = [nets.build(name, channels, 4, side, g).double() for _ in range(3)]
     with torch.no_grad():
@@ -320,6 +323,7 @@ def test_stacked_logits_and_gradients_are_each_network_s(name, channels, side):
     logits = stacked_logits(group[0], parameters, images)
     found = torch.autograd.grad(logits, list(parameters.values()), cotangent)
     for k, net in enumerate(group):
+        net.fused = False
         wanted = net(images[k])
         torch.testing.assert_close(logits[k], wanted, rtol=1e-10, atol=1e-11)
         gradients = torch.autograd.grad(wanted, list(net.parameters()), cotangent[k])

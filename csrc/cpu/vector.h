@@ -84,8 +84,12 @@ DDFAST_INLINE vector<double> exponential(vector<double> x) {
 // a > b ? a : b, so b where either is NaN. One instruction, which GCC 12 does not find by itself.
 template <typename V> DDFAST_INLINE V larger(V a, V b) { return a > b ? a : b; }
 #if defined(__AVX512F__)
-template <> DDFAST_INLINE vector<float> larger(vector<float> a, vector<float> b) { return _mm512_maskz_max_ps(__mmask16(-1), a, b); }
-template <> DDFAST_INLINE vector<double> larger(vector<double> a, vector<double> b) { return _mm512_maskz_max_pd(__mmask8(-1), a, b); }
+template <> DDFAST_INLINE vector<float> larger(vector<float> a, vector<float> b) {
+  return _mm512_maskz_max_ps(__mmask16(-1), a, b);
+}
+template <> DDFAST_INLINE vector<double> larger(vector<double> a, vector<double> b) {
+  return _mm512_maskz_max_pd(__mmask8(-1), a, b);
+}
 #endif
 
 DDFAST_INLINE float root(float x) { return sqrtf(x); }

@@ -10,14 +10,16 @@ never the fastest here.
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ddfast.layers import norm_relu_pool
 from ddfast.nets.classic import MLP, AlexNet
-from ddfast.nets.convnet import ConvNet
+from ddfast.nets.convnet import ConvNet, after_convolution
+from ddfast.nets.fusion import can_fuse
 
 __all__ = ["can_stack", "stacked_logits"]
 
@@ -92,19 +94,45 @@ def stacked_logits(net: nn.Module, parameters: Mapping[str, Tensor], images: Ten
     networks, count = images.shape[:2]
     # Channels of all networks side by side, (N, K * channels, H, W), as grouped operations want it.
     x = images.detach().transpose(0, 1).flatten(1, 2)
-    for place, (name, layer) in enumerate(layers):
+    place = 0
+    while place < len(layers):
+        name, layer = layers[place]
+        place += 1
         if isinstance(layer, nn.Flatten):
             x = x.reshape(count, networks, -1).transpose(0, 1)
         elif isinstance(layer, nn.AvgPool2d):
             x = _average_pool(x)
         elif isinstance(layer, (nn.Linear, nn.Conv2d, nn.GroupNorm)):
             weight, bias = parameters[f"{name}.weight"], parameters[f"{name}.bias"]
-            x = _weighted(layer, weight, bias, x, place == 0)
+            x = _weighted(layer, weight, bias, x, place == 1)
+            if isinstance(layer, nn.Conv2d) and can_fuse(x, layer, x.numel()):
+                x, used = _fused(layers[place:], parameters, x)
+                place += used
         elif isinstance(layer, nn.ReLU):
             x = F.relu_(x)  # nobody else needs what comes before it
         else:
             x = layer(x)
     return x
+
+
+def _fused(
+    layers: Sequence[tuple[str, nn.Module]], parameters: Mapping[str, Tensor], x: Tensor
+) -> tuple[Tensor, int]:
+    """Norm, activation and pooling behind a convolution as one operator; how many layers it did."""
+    norm, activation, pool, used = after_convolution([layer for _, layer in layers])
+    if activation is None or (pool != "none" and not _pools_by_two(layers[used - 1][1])):
+        return x, 0
+    if norm is None:
+        return norm_relu_pool(x, activation=activation, pool=pool), used
+    name = layers[0][0]
+    weight, bias = parameters[f"{name}.weight"], parameters[f"{name}.bias"]
+    groups = len(weight) * norm.num_groups
+    affine = weight.flatten(), bias.flatten()
+    return norm_relu_pool(x, *affine, groups, norm.eps, activation, pool), used
+
+
+def _pools_by_two(layer: nn.Module) -> bool:
+    return getattr(layer, "kernel_size", 0) == getattr(layer, "stride", 0) == 2
 
 
 def _weighted(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -119,16 +120,32 @@ def _blocks(features: nn.Sequential) -> list[_Block] | None:
     blocks: list[_Block] = []
     layers = list(features)
     while layers:
-        convolution, norm, pool = layers.pop(0), None, "none"
-        if layers and type(layers[0]) is nn.GroupNorm:
-            norm = layers.pop(0)
-        activation = _ACTIVATIONS.get(type(layers.pop(0))) if layers else None
-        if layers and type(layers[0]) in _POOLS:
-            pool = _POOLS[type(layers.pop(0))]
+        convolution = layers.pop(0)
+        norm, activation, pool, used = after_convolution(layers)
+        del layers[:used]
         if type(convolution) is not nn.Conv2d or activation is None:
             return None
         blocks.append(_Block(convolution, norm, activation, pool))
     return blocks
+
+
+def after_convolution(
+    layers: Sequence[nn.Module],
+) -> tuple[nn.GroupNorm | None, str | None, str, int]:
+    """What `norm_relu_pool` can do of the layers behind a convolution.
+
+    Returns:
+        The norm, or None; the name of the activation, or None if there is none that it knows; of
+        the pooling; and how many layers these are.
+    """
+    norm, pool, used = None, "none", 0
+    if layers and type(layers[0]) is nn.GroupNorm:
+        norm, used = layers[0], 1
+    activation = _ACTIVATIONS.get(type(layers[used])) if len(layers) > used else None
+    used += 1
+    if len(layers) > used and type(layers[used]) in _POOLS:
+        pool, used = _POOLS[type(layers[used])], used + 1
+    return norm, activation, pool, used
 
 
 # As this file makes them: the slope of LeakyReLU and the size of the cells are fixed.
