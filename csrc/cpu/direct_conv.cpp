@@ -20,7 +20,6 @@ template <typename T> struct direct_plan {
   T *packed, *local;
   tap_pairs pairs;
 
-  static conv_geometry seen(const class_conv_arguments &x) { return geometry_of(x); }
   static bool has_few_outputs(const conv_geometry &g) { return g.taps() > 1 && g.outputs <= 4 && g.channels > 4; }
   static conv_geometry as_products(const conv_geometry &g) {
     return {g.channels, g.outputs * g.taps(), g.height, g.width, g.height, g.width, 1, 1, 0, 0};
@@ -32,7 +31,7 @@ template <typename T> struct direct_plan {
   }
 
   direct_plan(const class_conv_arguments &x, arena &memory)
-      : g(seen(x)),
+      : g(geometry_of(x)),
         products(as_products(g)),
         few_outputs(has_few_outputs(g)),
         rows_copied(!few_outputs && copies_rows(g)),
@@ -47,7 +46,8 @@ template <typename T> struct direct_plan {
     if (few_outputs)
       local_elements = pairs.group * g.pixels() * padded<T>(products.outputs);
     else
-      local_elements = pairs.group * pairs.block_rows * g.out_width * (rows_copied ? padded<T>(g.outputs) : panel_width<T>);
+      local_elements =
+          pairs.group * pairs.block_rows * g.out_width * (rows_copied ? padded<T>(g.outputs) : panel_width<T>);
     if (rows_copied) local_elements += pairs.group * padded_plane() + width<T>;
     local = memory.take<T>(x.threads * local_elements);
   }

@@ -35,11 +35,10 @@ def uses_winograd(
 ) -> bool:
     """Whether the compiled kernels take F(4x4, 3x3); "auto": where it was measured to be faster.
 
-    In float32 Winograd's error is about 2e-6 of the result's largest entry, a direct sum's 4e-7.
-    Measured with AVX-512 against the direct kernels: 1.1 to 2.3 times as fast from 16 channels on,
-    if a class has 8 tiles of 4x4 pixels or more (16 on 4x4 planes, where the direct kernels skip
-    most of the padding): with fewer, transforming the class's weights takes longer than it saves.
-    Weight gradients gain from the first tile on.
+    In float32 Winograd's error is 1e-6 to 3.5e-6 of the result's largest entry, a direct sum's up to
+    6e-7. Measured with AVX-512 against the direct kernels: 1.1 to 2.1 times as fast from 16 channels
+    on, if a class has 8 tiles of 4x4 pixels or more, 4 for its weight gradient: with fewer,
+    transforming the class's weights takes longer than it saves.
 
     Args:
         product: BY_GRAD, BY_INPUT or BY_WEIGHT.
@@ -54,7 +53,7 @@ def uses_winograd(
         return False
     classes = sum(count > 0 for count in counts)
     tiles = sum(counts) * size[0] * size[1] // 16
-    return product == BY_WEIGHT or tiles >= classes * (16 if tuple(size) == (4, 4) else 8)
+    return tiles >= classes * (4 if product == BY_WEIGHT else 8)
 
 
 def _last(x: Tensor) -> Tensor:

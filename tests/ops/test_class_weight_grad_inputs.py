@@ -193,9 +193,10 @@ def test_auto_takes_winograd_where_it_was_measured_to_win(monkeypatch):
 
     assert taken(32, 16, 8, [2, 0, 2]) == [True, True, True]
     assert taken(32, 16, 8, [1, 0, 2]) == [False, False, True]  # 6 tiles a class
-    assert taken(32, 16, 4, [15]) == [False, False, True]
-    assert taken(32, 16, 4, [16]) == [True, True, True]
+    assert taken(32, 16, 4, [7]) == [False, False, True]
+    assert taken(32, 16, 4, [8]) == [True, True, True]
     for plain in (
+        taken(32, 32, 4, [3]),
         taken(15, 32, 8, [9]),
         taken(32, 3, 8, [9]),
         taken(32, 32, 6, [9]),
