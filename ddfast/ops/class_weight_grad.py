@@ -35,10 +35,10 @@ def uses_winograd(
 ) -> bool:
     """Whether the compiled kernels take F(4x4, 3x3); "auto": where it was measured to be faster.
 
-    In float32 Winograd's error is 1e-6 to 3.5e-6 of the result's largest entry, a direct sum's up to
-    6e-7. Measured with AVX-512 against the direct kernels: 1.1 to 2.1 times as fast from 16 channels
-    on, if a class has 8 tiles of 4x4 pixels or more, 4 for its weight gradient: with fewer,
-    transforming the class's weights takes longer than it saves.
+    In float32 Winograd's error is 1e-6 to 3.5e-6 of the result's largest entry, a direct sum's up
+    to 6e-7. Measured with AVX-512 against the direct kernels: 1.1 to 2.1 times as fast from 16
+    channels on, if a class has 8 tiles of 4x4 pixels or more, 4 for its weight gradient: with
+    fewer, transforming the class's weights takes longer than it saves.
 
     Args:
         product: BY_GRAD, BY_INPUT or BY_WEIGHT.
