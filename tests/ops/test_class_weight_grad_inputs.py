@@ -166,6 +166,11 @@ def test_nothing_is_left_from_earlier_calls():
         expected = everything(x, weight, grad, [2], 1, algorithm)
         everything(x * float("nan"), weight, grad * float("nan"), [2], 1, algorithm)
         assert_same_bits(everything(x, weight, grad, [2], 1, algorithm), expected)
+    everything(x * float("nan"), weight, grad, [2], 1, "direct")
+    found = everything(x[..., :1, :1], weight, grad[..., :1, :1], [2], 1, "direct")
+    outer = found[2].clone()
+    outer[..., 1, 1] = 0
+    assert not outer.any(), "of a plane of one pixel only the centre of the kernel has a gradient"
 
 
 def test_nan_stays_with_the_pixels_that_see_it():
