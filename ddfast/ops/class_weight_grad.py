@@ -20,6 +20,7 @@ from ddfast.ops.registry import TYPES, declare, derivative
 from ddfast.reference import class_weight_grad as reference
 
 BY_GRAD, BY_INPUT, BY_WEIGHT = range(3)  # csrc/cpu/kernels.h
+MULTIPLICATIONS_PER_THREAD = 1 << 19
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -94,6 +95,9 @@ def _compute(
     winograd = uses_winograd(
         algorithm, product, images.dtype, channels, kernel, size, padding, counts
     )
+    # Waking a thread for less than some microseconds of work costs more than it gives.
+    work = images.numel() * math.prod(channels) // images.shape[1] * math.prod(kernel)
+    threads = max(1, min(torch.get_num_threads(), work // MULTIPLICATIONS_PER_THREAD))
     compiled.class_conv(
         TYPES[images.dtype],
         product,
@@ -103,7 +107,7 @@ def _compute(
         out.data_ptr(),
         [0, *itertools.accumulate(counts)],
         [*channels, *(size or (1, 1)), *(kernel or (1, 1)), padding],
-        torch.get_num_threads(),
+        threads,
     )
 
 

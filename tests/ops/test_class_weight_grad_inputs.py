@@ -223,6 +223,8 @@ x, weight, grad = draw(3, 2, 4, 4), draw(2, 5, 2, 3, 3), draw(3, 5, 4, 4)
         ("conv", (x.int(), weight, [1, 2], 1, "auto"), TypeError, "x: got torch.int32"),
         ("conv", (x, weight.double(), [1, 2], 1, "auto"), TypeError, "weight: got torch.float64"),
         ("conv", (x[0], weight, [1, 2], 1, "auto"), ValueError, r"x: got shape \(2, 4, 4\)"),
+        ("conv", (x[:, :0], weight, [1, 2], 1, "auto"), ValueError, "x: .*no empty dimension"),
+        ("conv", (x, weight[:, :0], [1, 2], 1, "auto"), ValueError, "weight: .*no empty dimen"),
         ("conv", (x, weight[0], [1, 2], 1, "auto"), ValueError, r"weight: got shape \(5, 2, 3, 3"),
         ("conv", (x, weight[..., 0, 0], [1, 2], 1, "auto"), ValueError, "do not mix"),
         ("conv", (x, weight, [1, 1], 1, "auto"), ValueError, "counts: add up to 2, expected 3"),
