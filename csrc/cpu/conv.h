@@ -80,8 +80,10 @@ inline void pack_panel(const conv_geometry &g, const weight_strides &s, const T 
         T *to = packed + (t * g.channels + k) * columns + j;
         if (count == width<T>)
           for (int64_t l = 0; l < width<T>; ++l) to[l] = from[l * s.column];
-        else
-          for (int64_t l = 0; l < width<T>; ++l) to[l] = l < count ? from[l * s.column] : T(0);
+        else {
+          for (int64_t l = 0; l < count; ++l) to[l] = from[l * s.column];
+          for (int64_t l = count; l < width<T>; ++l) to[l] = 0;
+        }
       }
   }
 }

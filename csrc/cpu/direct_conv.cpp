@@ -11,7 +11,7 @@ namespace ddfast {
 namespace DDFAST_LEVEL {
 namespace {
 
-constexpr int64_t depth_chunk = 128;  // times panel_width: a panel of weights in the first cache
+constexpr int64_t depth_chunk = 128;  // times panel_width: weights in the first cache; more if narrower
 
 template <typename T> struct direct_plan {
   conv_geometry g, products;  // products: few outputs, taps as columns of a 1x1 kernel
@@ -20,7 +20,6 @@ template <typename T> struct direct_plan {
   T *packed, *local;
   tap_pairs pairs;
 
-  static conv_geometry seen(const class_conv_arguments &x) { return geometry_of(x); }
   static bool has_few_outputs(const conv_geometry &g) { return g.taps() > 1 && g.outputs <= 4 && g.channels > 4; }
   static conv_geometry as_products(const conv_geometry &g) {
     return {g.channels, g.outputs * g.taps(), g.height, g.width, g.height, g.width, 1, 1, 0, 0};
@@ -32,7 +31,7 @@ template <typename T> struct direct_plan {
   }
 
   direct_plan(const class_conv_arguments &x, arena &memory)
-      : g(seen(x)),
+      : g(geometry_of(x)),
         products(as_products(g)),
         few_outputs(has_few_outputs(g)),
         rows_copied(!few_outputs && copies_rows(g)),
@@ -47,7 +46,8 @@ template <typename T> struct direct_plan {
     if (few_outputs)
       local_elements = pairs.group * g.pixels() * padded<T>(products.outputs);
     else
-      local_elements = pairs.group * pairs.block_rows * g.out_width * (rows_copied ? padded<T>(g.outputs) : panel_width<T>);
+      local_elements =
+          pairs.group * pairs.block_rows * g.out_width * (rows_copied ? padded<T>(g.outputs) : panel_width<T>);
     if (rows_copied) local_elements += pairs.group * padded_plane() + width<T>;
     local = memory.take<T>(x.threads * local_elements);
   }
@@ -100,12 +100,13 @@ template <typename T> struct direct_plan {
         for (int64_t p = 0; p < rows * used.out_width; ++p)
           memset(c + (n * used.out_pixels() + first_row * used.out_width + p) * c_step, 0, size_t(columns) * sizeof(T));
     b += panel_offset<T>(used, panel);
+    const int64_t chunk = depth_chunk * most_vectors / vectors;
     for (int64_t i = 0; i < taps; ++i) {
       const int64_t tap = whole < 0 ? i : (whole + i) % taps, at = row_block * taps + tap;
-      for (int64_t k = 0; k < used.channels; k += depth_chunk)
+      for (int64_t k = 0; k < used.channels; k += chunk)
         multiply({images + k, pairs.input + pairs.begin[at], c, pairs.output + pairs.begin[at], used.channels, c_step,
                   group * pairs.count[at]},
-                 b + (tap * used.channels + k) * columns, vectors, least(depth_chunk, used.channels - k),
+                 b + (tap * used.channels + k) * columns, vectors, least(chunk, used.channels - k),
                  k > 0 || i > 0 || whole < 0, taps == 1 && panel == 0);
     }
   }

@@ -15,6 +15,9 @@ constexpr int64_t pair_chunk = 128;  // times panel_width: a panel of grad in th
 constexpr int64_t unit_rows = 192;   // input channels of one task
 
 template <typename T> struct weight_grad_plan {
+  // A linear layer, or a kernel of one pixel: grad and x change places, so that the sums come out in
+  // the order of the weights.
+  bool swapped;
   conv_geometry g;
   bool rows_copied, grad_copied;
   int64_t panel_count, taps, depth, depth_parts, grad_step, input_elements;
@@ -22,8 +25,15 @@ template <typename T> struct weight_grad_plan {
   int32_t *input_at, *output_at;  // for copied rows: of a block's pixels
   tap_pairs pairs;
 
+  static conv_geometry of(const class_conv_arguments &x, bool swapped) {
+    conv_geometry g = geometry_of(x);
+    if (swapped) g.channels = x.out_channels, g.outputs = x.in_channels;
+    return g;
+  }
+
   weight_grad_plan(const class_conv_arguments &x, arena &memory)
-      : g(geometry_of(x)),
+      : swapped(x.kernel_height * x.kernel_width == 1 && x.padding == 0),
+        g(of(x, swapped)),
         rows_copied(copies_rows(g)),
         grad_copied(g.outputs % width<T> != 0),
         panel_count(panels<T>(g.outputs)),
@@ -53,6 +63,14 @@ template <typename T> struct weight_grad_plan {
           input_at[at] = int32_t(n * padded_plane() + y * padded_row(g) + px * g.channels);
           output_at[at] = int32_t(n * g.out_pixels() + y * g.out_width + px);
         }
+  }
+
+  // Rows k_first to k_end of the swapped sums.
+  void copy_panel(int64_t panel, int64_t k_first, int64_t k_end, T *out) const {
+    const int64_t first = panel * panel_width<T>, step = vectors_of<T>(g.outputs, panel) * width<T>;
+    for (int64_t k = k_first; k < k_end; ++k)
+      memcpy(out + k * g.outputs + first, sums + panel_offset<T>(g, panel) + k * step,
+             size_t(least(step, g.outputs - first)) * sizeof(T));
   }
 
   struct block {
@@ -155,8 +173,8 @@ template <typename T> void direct_weight_grad(const class_conv_arguments &x) {
     for (int64_t n = x.first[c]; n < x.first[c + 1]; n += plan.pairs.group)
       for (int64_t row_block = 0; row_block < plan.pairs.row_blocks; ++row_block) {
         const typename weight_grad_plan<T>::block b = {
-            static_cast<const T *>(x.images) + n * g.pixels() * g.channels,
-            static_cast<const T *>(x.other) + n * g.out_pixels() * g.outputs,
+            static_cast<const T *>(plan.swapped ? x.other : x.images) + n * g.pixels() * g.channels,
+            static_cast<const T *>(plan.swapped ? x.images : x.other) + n * g.out_pixels() * g.outputs,
             least(plan.pairs.group, x.first[c + 1] - n), row_block,
             least(plan.pairs.block_rows, g.out_height - row_block * plan.pairs.block_rows),
             n == x.first[c] && row_block == 0};
@@ -187,9 +205,12 @@ template <typename T> void direct_weight_grad(const class_conv_arguments &x) {
     for (int64_t k = 0; k < g.channels; k += 16) {
       const int64_t end = least(g.channels, k + 16);
       for (int64_t panel = 0; panel < plan.panel_count && !empty; ++panel)
-        unpack_panel<T>(g, plan.sums, panel, k, end, out);
-      for (int64_t o = 0; o < g.outputs && empty; ++o)
-        memset(out + (o * g.channels + k) * g.taps(), 0, size_t((end - k) * g.taps()) * sizeof(T));
+        plan.swapped ? plan.copy_panel(panel, k, end, out) : unpack_panel<T>(g, plan.sums, panel, k, end, out);
+      if (!empty) continue;
+      const int64_t rows = plan.swapped ? 1 : g.outputs, length = plan.swapped ? g.outputs : 1;
+      for (int64_t o = 0; o < rows; ++o)
+        memset(out + (o * g.channels + k) * g.taps() * length, 0,
+               size_t((end - k) * g.taps() * length) * sizeof(T));
     }
   }
 }

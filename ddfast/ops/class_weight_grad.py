@@ -20,6 +20,7 @@ from ddfast.ops.registry import TYPES, declare, derivative
 from ddfast.reference import class_weight_grad as reference
 
 BY_GRAD, BY_INPUT, BY_WEIGHT = range(3)  # csrc/cpu/kernels.h
+MULTIPLICATIONS_PER_THREAD = 1 << 19
 HALVES = (torch.bfloat16, torch.float16)
 
 
@@ -35,11 +36,10 @@ def uses_winograd(
 ) -> bool:
     """Whether the compiled kernels take F(4x4, 3x3); "auto": where it was measured to be faster.
 
-    In float32 Winograd's error is about 2e-6 of the result's largest entry, a direct sum's 4e-7.
-    Measured with AVX-512 against the direct kernels: 1.1 to 2.3 times as fast from 16 channels on,
-    if a class has 8 tiles of 4x4 pixels or more (16 on 4x4 planes, where the direct kernels skip
-    most of the padding): with fewer, transforming the class's weights takes longer than it saves.
-    Weight gradients gain from the first tile on.
+    In float32 Winograd's error is 1e-6 to 3.5e-6 of the result's largest entry, a direct sum's up
+    to 6e-7. Measured with AVX-512 against the direct kernels: 1.1 to 2.1 times as fast from 16
+    channels on, if a class has 8 tiles of 4x4 pixels or more, 4 for its weight gradient: with
+    fewer, transforming the class's weights takes longer than it saves.
 
     Args:
         product: BY_GRAD, BY_INPUT or BY_WEIGHT.
@@ -54,7 +54,7 @@ def uses_winograd(
         return False
     classes = sum(count > 0 for count in counts)
     tiles = sum(counts) * size[0] * size[1] // 16
-    return product == BY_WEIGHT or tiles >= classes * (16 if tuple(size) == (4, 4) else 8)
+    return tiles >= classes * (4 if product == BY_WEIGHT else 8)
 
 
 def _last(x: Tensor) -> Tensor:
@@ -95,6 +95,9 @@ def _compute(
     winograd = uses_winograd(
         algorithm, product, images.dtype, channels, kernel, size, padding, counts
     )
+    # Waking a thread for less than some microseconds of work costs more than it gives.
+    work = images.numel() * math.prod(channels) // images.shape[1] * math.prod(kernel)
+    threads = max(1, min(torch.get_num_threads(), work // MULTIPLICATIONS_PER_THREAD))
     compiled.class_conv(
         TYPES[images.dtype],
         product,
@@ -104,7 +107,7 @@ def _compute(
         out.data_ptr(),
         [0, *itertools.accumulate(counts)],
         [*channels, *(size or (1, 1)), *(kernel or (1, 1)), padding],
-        torch.get_num_threads(),
+        threads,
     )
 
 

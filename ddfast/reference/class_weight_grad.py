@@ -44,6 +44,10 @@ def _check(
                 letter = "I" if name == "x" else "O"
                 expected = f"(N, {letter}, H, W) or (N, {letter})"
             raise ValueError(f"{name}: got shape {tuple(tensor.shape)}, expected {expected}")
+        if 0 in tensor.shape[1:]:
+            raise ValueError(
+                f"{name}: got shape {tuple(tensor.shape)}, expected no empty dimension"
+            )
     first, second = tensors
     if second.dtype != first.dtype:
         raise TypeError(f"{names[1]}: got {second.dtype}, expected {first.dtype} as {names[0]}")

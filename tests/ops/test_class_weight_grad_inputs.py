@@ -166,6 +166,11 @@ def test_nothing_is_left_from_earlier_calls():
         expected = everything(x, weight, grad, [2], 1, algorithm)
         everything(x * float("nan"), weight, grad * float("nan"), [2], 1, algorithm)
         assert_same_bits(everything(x, weight, grad, [2], 1, algorithm), expected)
+    everything(x * float("nan"), weight, grad, [2], 1, "direct")
+    found = everything(x[..., :1, :1], weight, grad[..., :1, :1], [2], 1, "direct")
+    outer = found[2].clone()
+    outer[..., 1, 1] = 0
+    assert not outer.any(), "of a plane of one pixel only the centre of the kernel has a gradient"
 
 
 def test_nan_stays_with_the_pixels_that_see_it():
@@ -193,9 +198,10 @@ def test_auto_takes_winograd_where_it_was_measured_to_win(monkeypatch):
 
     assert taken(32, 16, 8, [2, 0, 2]) == [True, True, True]
     assert taken(32, 16, 8, [1, 0, 2]) == [False, False, True]  # 6 tiles a class
-    assert taken(32, 16, 4, [15]) == [False, False, True]
-    assert taken(32, 16, 4, [16]) == [True, True, True]
+    assert taken(32, 16, 4, [7]) == [False, False, True]
+    assert taken(32, 16, 4, [8]) == [True, True, True]
     for plain in (
+        taken(32, 32, 4, [3]),
         taken(15, 32, 8, [9]),
         taken(32, 3, 8, [9]),
         taken(32, 32, 6, [9]),
@@ -217,6 +223,8 @@ x, weight, grad = draw(3, 2, 4, 4), draw(2, 5, 2, 3, 3), draw(3, 5, 4, 4)
         ("conv", (x.int(), weight, [1, 2], 1, "auto"), TypeError, "x: got torch.int32"),
         ("conv", (x, weight.double(), [1, 2], 1, "auto"), TypeError, "weight: got torch.float64"),
         ("conv", (x[0], weight, [1, 2], 1, "auto"), ValueError, r"x: got shape \(2, 4, 4\)"),
+        ("conv", (x[:, :0], weight, [1, 2], 1, "auto"), ValueError, "x: .*no empty dimension"),
+        ("conv", (x, weight[:, :0], [1, 2], 1, "auto"), ValueError, "weight: .*no empty dimen"),
         ("conv", (x, weight[0], [1, 2], 1, "auto"), ValueError, r"weight: got shape \(5, 2, 3, 3"),
         ("conv", (x, weight[..., 0, 0], [1, 2], 1, "auto"), ValueError, "do not mix"),
         ("conv", (x, weight, [1, 1], 1, "auto"), ValueError, "counts: add up to 2, expected 3"),
