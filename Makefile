@@ -55,7 +55,8 @@ gpu:
 
 bench: .venv/installed
 	rm -f benchmarks/results/cpu.csv
-	for file in gradient_distance class_mean augment multi_formation; do \
+	for file in gradient_distance class_mean augment norm_relu_pool class_weight_grad \
+	  multi_formation gradient_matching; do \
 	  $(BIN)/python benchmarks/bench_$$file.py --out benchmarks/results/cpu.csv || exit 1; done
 
 clean:

@@ -52,6 +52,7 @@ COLUMNS = [
     "ddfast",
     "commit",
     "date",
+    "gigaflops_per_second",
 ]
 
 
@@ -65,6 +66,7 @@ class Case:
         bytes: the fewest bytes the work must move, inputs read once and outputs written once.
         tolerance: largest allowed error relative to the largest entry of each result.
         error: another measure of a result's error than that, from (result, exact).
+        flops: floating-point operations of the work, where arithmetic is what bounds it.
     """
 
     operator: str
@@ -77,6 +79,7 @@ class Case:
     rounds: int = 15
     device: str = "cpu"
     error: Callable[[object, object], float] | None = None
+    flops: int = 0
     rows: list[dict[str, object]] = field(default_factory=list)
 
 
@@ -159,6 +162,8 @@ def measure(case: Case) -> list[dict[str, object]]:
             "gigabytes_per_second": round(rate, 2),
             "share_of_copy": round(copied / ms, 2),
         }
+        if case.flops:
+            rows[n]["gigaflops_per_second"] = round(case.flops / ms / 1e6, 1)
         if baseline in times:
             ratios = [b / t for b, t in zip(times[baseline], times[n], strict=True)]
             quartiles = statistics.quantiles(ratios, n=4)
@@ -207,7 +212,10 @@ def commit() -> str:
 
 def table(rows: Iterable[dict[str, object]]) -> str:
     """The rows as aligned text."""
+    rows = list(rows)
     names = ["case", "mode", "provider", "median_ms", "ratio_to_eager", "share_of_copy", "verified"]
+    if any("gigaflops_per_second" in row for row in rows):
+        names.insert(5, "gigaflops_per_second")
     lines = [names] + [[str(row.get(n, "")) for n in names] for row in rows]
     widths = [max(len(line[i]) for line in lines) for i in range(len(names))]
     return "\n".join(

@@ -175,6 +175,44 @@ void norm_relu_pool(int type, bool channels_last, const std::array<std::int64_t,
   (active->*member)(arguments);
 }
 
+// tensors: x, weight, bias, norm weight, norm bias, mean, rstd, then out (forward) or grad, weight
+// gradients, and sums of each image for bias, norm weight and norm bias. sizes: as for class_conv.
+void first_block(int type, const std::vector<std::uintptr_t> &tensors, const std::vector<std::int64_t> &first,
+                 const std::array<std::int64_t, 7> &sizes, std::int64_t groups, double eps, int activation, int pool,
+                 int threads) {
+  const bool backward = tensors.size() > 8;
+  const auto result = [&](std::size_t i) { return backward ? pointer(tensors[i]) : nullptr; };
+  ddfast::first_block_arguments x{};
+  x.conv = {type, ddfast::conv_by_grad, false, pointer(tensors[0]), pointer(tensors[1]), result(8), first.data(),
+            std::int64_t(first.size()) - 1, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5], sizes[6],
+            nullptr, threads};
+  x.bias = pointer(tensors[2]);
+  x.norm.type = type;
+  x.norm.channels_last = true;
+  x.norm.images = first.back();
+  x.norm.channels = sizes[1];
+  x.norm.height = sizes[2] + 2 * sizes[6] - sizes[4] + 1;
+  x.norm.width = sizes[3] + 2 * sizes[6] - sizes[5] + 1;
+  x.norm.groups = groups;
+  x.norm.eps = eps;
+  x.norm.activation = activation;
+  x.norm.pool = pool;
+  x.norm.weight = pointer(tensors[3]);
+  x.norm.bias = pointer(tensors[4]);
+  x.norm.mean = pointer(tensors[5]);
+  x.norm.rstd = pointer(tensors[6]);
+  x.norm.out = backward ? nullptr : pointer(tensors[7]);
+  x.norm.grad = result(7);
+  x.out_bias = result(9);
+  x.norm.out_weight = result(10);
+  x.norm.out_bias = result(11);
+  x.norm.threads = threads;
+  py::gil_scoped_release release;
+  const ddfast::buffer scratch(std::size_t(active->first_block_scratch(x)));
+  x.conv.scratch = scratch.data();
+  active->first_block(x);
+}
+
 // shape: images, channels, height, width of the smaller set.
 void multi_formation(std::uintptr_t input, std::uintptr_t output, int type, const std::array<std::int64_t, 4> &shape,
                      std::int64_t factor, bool by_image, bool adjoint, double fill, int threads) {
@@ -208,5 +246,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("norm_relu_pool_bwd", &norm_relu_pool<&kernel_table::norm_relu_pool_bwd>);
   m.def("norm_relu_pool_tangent", &norm_relu_pool<&kernel_table::norm_relu_pool_tangent>);
   m.def("norm_relu_pool_tangent_bwd", &norm_relu_pool<&kernel_table::norm_relu_pool_tangent_bwd>);
+  m.def("first_block", &first_block);
   m.def("multi_formation", &multi_formation);
 }

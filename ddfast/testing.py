@@ -163,11 +163,18 @@ def spilled_bytes(ptx: str, capability: int) -> int:
     return sum(int(count) for count in re.findall(r"(\d+) bytes spill", report))
 
 
+def loaded_bytes(ptx: str) -> int:
+    """Bytes that a thread loads from global memory, every instruction counted once."""
+    loads = re.findall(r"\bld\.global[.\w:]*?(?:\.v(\d))?\.[busf](\d+)\b", ptx)
+    return sum(int(many or 1) * int(bits) // 8 for many, bits in loads)
+
+
 def compile_ahead_of_time(operator: str, capability: int) -> list[dict[str, Any]]:
     """Compile `ddfast.kernels.<operator>.ahead_of_time()` in a process of its own.
 
     Returns:
-        Per kernel: name, constants, shared and spilled (bytes).
+        Per kernel: name, constants, shared and spilled (bytes), loaded (bytes of a thread that the
+        text says, a loop's once).
 
     Raises:
         AssertionError: a kernel does not compile or uses more shared memory than the GPU has.
@@ -190,19 +197,21 @@ def _compile_here(operator: str, capability: int) -> None:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    for kernel, types, constants in importlib.import_module(
+    # Options of the compiler, num_warps above all, may follow.
+    for kernel, types, constants, *options in importlib.import_module(
         f"ddfast.kernels.{operator}"
     ).ahead_of_time():
         arguments = {
             name: "constexpr" if name in constants else types[name] for name in kernel.arg_names
         }
         source = ASTSource(fn=kernel, signature=arguments, constexprs=constants)
-        built = triton.compile(source, target=GPUTarget("cuda", capability, 32))
+        built = triton.compile(source, GPUTarget("cuda", capability, 32), *options)
         row = {
             "name": kernel.__name__,
             "constants": {name: str(value) for name, value in constants.items()},
             "shared": built.metadata.shared,
             "spilled": spilled_bytes(built.asm["ptx"], capability),
+            "loaded": loaded_bytes(built.asm["ptx"]),
         }
         print(json.dumps(row), flush=True)
 

@@ -116,6 +116,17 @@ def test_backend_names_and_nesting():
     assert "forced" not in ddfast.backends()["CPU"]
 
 
+def test_loaded_bytes_counts_instructions_of_the_compiled_text():
+    ptx = """
+        @%p1 ld.global.b32 { %r1 }, [ %rd1 + 0 ];
+        ld.global.L1::evict_last.v4.b32 { %r2, %r3, %r4, %r5 }, [ %rd2 ];
+        ld.global.v2.b16 { %rs1, %rs2 }, [ %rd3 ];
+        st.global.b32 [ %rd4 ], { %r1 };
+        ld.shared.b32 %r6, [ %r7 ];
+    """
+    assert testing.loaded_bytes(ptx) == 4 + 16 + 4
+
+
 def test_ahead_of_time_compilation_reports_a_kernel_that_does_not_compile():
     with pytest.raises(AssertionError, match="no_such_operator"):
         testing.compile_ahead_of_time("no_such_operator", 90)

@@ -86,15 +86,22 @@ inline void pack_panel(const conv_geometry &g, const weight_strides &s, const T 
   }
 }
 
-// The way back: a panel of packed weight gradients to (O, I, taps).
-template <typename T> inline void unpack_panel(const conv_geometry &g, const T *packed, int64_t panel, T *weight) {
+// The way back: channels k_first to k_end of a panel of packed weight gradients to (O, I, taps).
+template <typename T>
+inline void unpack_panel(const conv_geometry &g, const T *packed, int64_t panel, int64_t k_first, int64_t k_end,
+                         T *weight) {
   const int64_t first = panel * panel_width<T>, columns = vectors_of<T>(g.outputs, panel) * width<T>;
   const int64_t taps = g.taps();
   packed += panel_offset<T>(g, panel);
-  for (int64_t j = 0; j < columns && first + j < g.outputs; ++j)
-    for (int64_t k = 0; k < g.channels; ++k)
-      for (int64_t t = 0; t < taps; ++t)
-        weight[((first + j) * g.channels + k) * taps + t] = packed[(t * g.channels + k) * columns + j];
+  for (int64_t j = 0; j < columns; j += width<T>) {
+    const int64_t count = least(width<T>, g.outputs - first - j), step = g.channels * taps;
+    for (int64_t k = k_first; k < k_end; ++k)
+      for (int64_t t = 0; t < taps; ++t) {
+        const T *from = packed + (t * g.channels + k) * columns + j;
+        T *to = weight + (first + j) * step + k * taps + t;
+        for (int64_t l = 0; l < count; ++l) to[l * step] = from[l];
+      }
+  }
 }
 
 }  // namespace

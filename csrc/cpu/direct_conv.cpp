@@ -47,7 +47,7 @@ template <typename T> struct direct_plan {
     if (few_outputs)
       local_elements = pairs.group * g.pixels() * padded<T>(products.outputs);
     else
-      local_elements = pairs.group * pairs.block_rows * g.out_width * panel_width<T>;
+      local_elements = pairs.group * pairs.block_rows * g.out_width * (rows_copied ? padded<T>(g.outputs) : panel_width<T>);
     if (rows_copied) local_elements += pairs.group * padded_plane() + width<T>;
     local = memory.take<T>(x.threads * local_elements);
   }
@@ -63,16 +63,18 @@ template <typename T> struct direct_plan {
     int64_t a_step, c_step, count;
   };
 
-  static void multiply(const rows_of_block &x, const T *b, int64_t vectors, int64_t pieces, int64_t step,
-                       int64_t depth, bool add) {
+  // With `stream` A is read once, in order, and fetched two tiles ahead.
+  static void multiply(const rows_of_block &x, const T *b, int64_t vectors, int64_t depth, bool add,
+                       bool stream) {
     times_arguments<T> t;
     t.b = t.ahead = b;
-    t.pieces = pieces;
-    t.step = step;
+    t.pieces = 1;
+    t.step = 0;
     t.depth = depth;
     t.add = add;
     for (int64_t r = 0; r < x.count;) {
       const int64_t rows = next_rows(x.count - r, most_rows[vectors]);
+      if (stream) t.ahead = x.a + (x.a_at[r] + 2 * rows) * x.a_step;
       for (int64_t i = 0; i < rows; ++i) {
         t.a[i] = x.a + x.a_at[r + i] * x.a_step;
         t.c[i] = x.c + x.c_at[r + i] * x.c_step;
@@ -103,8 +105,8 @@ template <typename T> struct direct_plan {
       for (int64_t k = 0; k < used.channels; k += depth_chunk)
         multiply({images + k, pairs.input + pairs.begin[at], c, pairs.output + pairs.begin[at], used.channels, c_step,
                   group * pairs.count[at]},
-                 b + (tap * used.channels + k) * columns, vectors, 1, 0, least(depth_chunk, used.channels - k),
-                 k > 0 || i > 0 || whole < 0);
+                 b + (tap * used.channels + k) * columns, vectors, least(depth_chunk, used.channels - k),
+                 k > 0 || i > 0 || whole < 0, taps == 1 && panel == 0);
     }
   }
 
@@ -137,46 +139,52 @@ template <typename T> struct direct_plan {
     T *tile_memory = scratch + pairs.group * padded_plane() + width<T>;
     for (int64_t n = 0; n < group; ++n)
       copy_padded(g, images + n * g.pixels() * g.channels, first_row, first_row + rows, scratch + n * padded_plane());
-    for (int64_t panel = 0; panel < panel_count; ++panel) {
-      const int64_t vectors = vectors_of<T>(g.outputs, panel);
-      T *to = out + panel * panel_width<T> + first_row * g.out_width * g.outputs;
-      T *c = in_place() ? to : tile_memory;
-      const int64_t c_step = in_place() ? g.outputs : vectors * width<T>;
-      times_arguments<T> t;
-      t.b = t.ahead = b + panel_offset<T>(g, panel);
-      t.pieces = g.kernel_height;
-      t.step = row;
-      t.depth = g.kernel_width * g.channels;
-      t.add = false;
-      int64_t n = 0, y = 0, px = 0;
-      for (int64_t r = 0; r < group * count;) {
-        const int64_t tile_rows = next_rows(group * count - r, most_rows[vectors]);
-        for (int64_t i = 0; i < tile_rows; ++i) {
-          t.a[i] = scratch + n * padded_plane() + y * row + px * g.channels;
-          t.c[i] = c + (r + i) * c_step;
-          if (++px == g.out_width) px = 0, ++y;
-          if (y == rows) y = 0, ++n;
-        }
-        tile<T>(vectors, tile_rows, t);
-        r += tile_rows;
+    // All panels of few pixels, so that the output is written in order. It is larger than the cache;
+    // its lines are fetched two tiles ahead.
+    T *to = out + first_row * g.out_width * g.outputs, *c = in_place() ? to : tile_memory;
+    const int64_t c_step = in_place() ? g.outputs : padded<T>(g.outputs);
+    times_arguments<T> t;
+    t.pieces = g.kernel_height;
+    t.step = row;
+    t.depth = g.kernel_width * g.channels;
+    t.add = false;
+    int64_t n = 0, y = 0, px = 0;
+    for (int64_t r = 0; r < group * count;) {
+      const int64_t tile_rows = next_rows(group * count - r, most_rows[most_vectors]);
+      for (int64_t i = 0; i < tile_rows; ++i) {
+        t.a[i] = scratch + n * padded_plane() + y * row + px * g.channels;
+        t.c[i] = c + (r + i) * c_step;
+        if (++px == g.out_width) px = 0, ++y;
+        if (y == rows) y = 0, ++n;
       }
-      if (!in_place()) copy_out(tile_memory, to, group * count, panel);
+      t.ahead = c + (r + 2 * tile_rows) * c_step;
+      for (int64_t panel = 0; panel < panel_count; ++panel) {
+        t.b = b + panel_offset<T>(g, panel);
+        tile<T>(vectors_of<T>(g.outputs, panel), tile_rows, t);
+        t.ahead += t.pieces * t.depth * line<T>;
+        for (int64_t i = 0; i < tile_rows; ++i) t.c[i] += panel_width<T>;
+      }
+      r += tile_rows;
     }
+    if (!in_place())
+      for (int64_t p = 0; p < group * count; ++p)
+        memcpy(to + p * g.outputs, tile_memory + p * c_step, size_t(g.outputs) * sizeof(T));
   }
 
   // out[pixel][:] = sum over taps of z[shifted pixel][tap][:]
   template <int outputs> void add_shifted(const T *z, T *out) const {
+    constexpr int summed = outputs == 3 ? 4 : outputs;  // a vector; z has room behind its last row
     const int64_t step = padded<T>(products.outputs);
     for (int64_t y = 0; y < g.out_height; ++y)
       for (int64_t px = 0; px < g.out_width; ++px) {
-        T sum[outputs] = {};
+        T sum[summed] = {};
         const int64_t ky_end = least(g.kernel_height, g.height + g.top - y);
         const int64_t kx_first = most(0, g.left - px), kx_end = least(g.kernel_width, g.width + g.left - px);
         for (int64_t ky = most(0, g.top - y); ky < ky_end; ++ky)
           for (int64_t kx = kx_first; kx < kx_end; ++kx) {
             const T *from = z + ((y + ky - g.top) * g.width + px + kx - g.left) * step +
                             (ky * g.kernel_width + kx) * outputs;
-            for (int o = 0; o < outputs; ++o) sum[o] += from[o];
+            for (int o = 0; o < summed; ++o) sum[o] += from[o];
           }
         for (int o = 0; o < outputs; ++o) out[(y * g.out_width + px) * outputs + o] = sum[o];
       }

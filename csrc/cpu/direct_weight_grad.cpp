@@ -55,10 +55,27 @@ template <typename T> struct weight_grad_plan {
         }
   }
 
+  struct block {
+    const T *images, *grad;  // of its first image
+    int64_t group, row_block, rows;
+    bool fresh;  // the first of its class
+  };
+
+  // One unit's share of what the next block will read: as much grad as this one has, behind it.
+  lines_ahead<T> next_lines(const block &b, int64_t unit) const {
+    const int64_t lines = b.group * b.rows * g.out_width * g.outputs / line<T>, share = ceiling(lines, units());
+    const T *end = b.grad + ((b.group - 1) * g.out_pixels() + (b.row_block * pairs.block_rows + b.rows) * g.out_width) *
+                                g.outputs;
+    return {end + unit * share * line<T>, share};
+  }
+
   // Rows `first` to `end` of the gradient under one tap and in one panel.
+  // With `fresh` rows have not been written yet.
   void multiply(transposed_arguments<T> t, const int32_t *a_at, const int32_t *b_at, int64_t count, const T *a,
-                T *c, int64_t first, int64_t end, int64_t vectors) const {
+                T *c, int64_t first, int64_t end, int64_t vectors, bool fresh, lines_ahead<T> ahead) const {
+    if (fresh && count == 0) memset(c + first * t.c_step, 0, size_t((end - first) * t.c_step) * sizeof(T));
     for (int64_t n = 0; n < count; n += pair_chunk) {
+      t.add = n > 0 || !fresh;
       t.a_at = a_at + n;
       t.b_at = b_at + n;
       t.count = least(pair_chunk, count - n);
@@ -66,16 +83,13 @@ template <typename T> struct weight_grad_plan {
         const int64_t rows = next_rows(end - r, most_rows[vectors]);
         t.a = a + r;
         t.c = c + r * t.c_step;
+        t.ahead_step = ahead.count > 0 ? line<T> : 0;
+        t.ahead = ahead.take(t.count, t.b);
         tile<T>(vectors, rows, t);
         r += rows;
       }
     }
   }
-
-  struct block {
-    const T *images, *grad;  // of its first image
-    int64_t group, row_block, rows;
-  };
 
   void copy(const block &b, int64_t n) const {
     const int64_t first_row = b.row_block * pairs.block_rows;
@@ -102,20 +116,19 @@ template <typename T> struct weight_grad_plan {
     const int64_t skipped = first_row * g.out_width;  // output pixels before the block
     t.b = (grad_copied ? grad - skipped * grad_step : b.grad) + panel * panel_width<T>;
     t.b_step = grad_step;
-    t.add = true;
     t.c_step = vectors * width<T>;
     T *c = sums + panel_offset<T>(g, panel) + tap * depth * t.c_step;
     if (!rows_copied) {
       const int64_t at = b.row_block * taps + tap;
       t.a_step = g.channels;
       return multiply(t, pairs.input + pairs.begin[at], pairs.output + pairs.begin[at], b.group * pairs.count[at],
-                      b.images, c, first, end, vectors);
+                      b.images, c, first, end, vectors, b.fresh, next_lines(b, unit));
     }
     t.a_step = 1;
     t.b += skipped * grad_step;
     // The last rows of an image may be fewer than a block's; then a block is of one image.
     multiply(t, input_at, output_at, b.group * b.rows * g.out_width, input + tap * padded_row(g), c, first, end,
-             vectors);
+             vectors, b.fresh, next_lines(b, unit));
   }
 };
 
@@ -138,19 +151,15 @@ template <typename T> void direct_weight_grad(const class_conv_arguments &x) {
 #endif
   for (int64_t c = 0; c < x.classes; ++c) {
     T *out = static_cast<T *>(x.out) + c * weight_elements;
-#ifdef _OPENMP
-#pragma omp for schedule(static)
-#endif
-    for (int64_t panel = 0; panel < plan.panel_count; ++panel)
-      memset(plan.sums + panel_offset<T>(g, panel), 0,
-             size_t(vectors_of<T>(g.outputs, panel) * width<T> * g.taps() * g.channels) * sizeof(T));
+    const bool empty = x.first[c + 1] == x.first[c];
     for (int64_t n = x.first[c]; n < x.first[c + 1]; n += plan.pairs.group)
       for (int64_t row_block = 0; row_block < plan.pairs.row_blocks; ++row_block) {
         const typename weight_grad_plan<T>::block b = {
             static_cast<const T *>(x.images) + n * g.pixels() * g.channels,
             static_cast<const T *>(x.other) + n * g.out_pixels() * g.outputs,
             least(plan.pairs.group, x.first[c + 1] - n), row_block,
-            least(plan.pairs.block_rows, g.out_height - row_block * plan.pairs.block_rows)};
+            least(plan.pairs.block_rows, g.out_height - row_block * plan.pairs.block_rows),
+            n == x.first[c] && row_block == 0};
         if (plan.rows_copied || plan.grad_copied) {
 #ifdef _OPENMP
 #pragma omp for schedule(static)
@@ -175,7 +184,13 @@ template <typename T> void direct_weight_grad(const class_conv_arguments &x) {
 #pragma omp barrier
 #pragma omp for schedule(static)
 #endif
-    for (int64_t panel = 0; panel < plan.panel_count; ++panel) unpack_panel<T>(g, plan.sums, panel, out);
+    for (int64_t k = 0; k < g.channels; k += 16) {
+      const int64_t end = least(g.channels, k + 16);
+      for (int64_t panel = 0; panel < plan.panel_count && !empty; ++panel)
+        unpack_panel<T>(g, plan.sums, panel, k, end, out);
+      for (int64_t o = 0; o < g.outputs && empty; ++o)
+        memset(out + (o * g.channels + k) * g.taps(), 0, size_t((end - k) * g.taps()) * sizeof(T));
+    }
   }
 }
 

@@ -117,6 +117,8 @@ template <typename T> struct transposed_arguments {
   T *c;
   int64_t c_step;
   bool add;  // false: C is written, not read
+  const T *ahead;      // a line of this is fetched per n, ahead_step elements apart
+  int64_t ahead_step;  // 0: nothing to fetch
 };
 
 template <typename T, int rows, int vectors> void transposed(const transposed_arguments<T> &x) {
@@ -129,7 +131,10 @@ template <typename T, int rows, int vectors> void transposed(const transposed_ar
   if (x.add)  // the rows of C are needed when the sum is done
     for (int r = 0; r < rows; ++r)
       for (int64_t j = 0; j < vectors * width<T>; j += line<T>) __builtin_prefetch(x.c + r * x.c_step + j, 1, 3);
+  const T *ahead = x.ahead;
   for (int64_t n = 0; n < x.count; ++n) {
+    __builtin_prefetch(ahead, 0, 2);
+    ahead += x.ahead_step;
     const T *a = x.a + x.a_at[n] * x.a_step, *b = x.b + x.b_at[n] * x.b_step;
     v columns[vectors];
 #pragma GCC unroll 4
@@ -148,6 +153,21 @@ template <typename T, int rows, int vectors> void transposed(const transposed_ar
       write(c, before + sum[r][j]);
     }
 }
+
+// Memory that later work will read or write, fetched into the second cache during this one's: so
+// many lines from `next` on. The prefetches may run a little past the end, which harms nothing.
+template <typename T> struct lines_ahead {
+  const T *next;
+  int64_t count;
+  // Where the next `lines` lines begin, or `idle` when all have been fetched.
+  const T *take(int64_t lines, const T *idle) {
+    if (count <= 0) return idle;
+    const T *now = next;
+    next += lines * line<T>;
+    count -= lines;
+    return now;
+  }
+};
 
 // The tile of each size, found by its number of rows and vectors.
 template <typename T, int vectors, int rows> struct choose {

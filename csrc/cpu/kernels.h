@@ -116,6 +116,15 @@ struct norm_relu_pool_arguments {
   int threads;
 };
 
+// The first block of a network: a convolution, then norm_relu_pool on what it writes.
+struct first_block_arguments {
+  class_conv_arguments conv;      // by_grad, with one weight for all classes; out: backward only,
+                                  // the weight gradients of each class
+  norm_relu_pool_arguments norm;  // x null; with grad: backward, in which out is null
+  const void *bias;               // of the convolution; may be missing
+  void *out_bias;                 // backward: images x O, may be missing
+};
+
 // Contiguous images x channels x height x width and factor^2 as many of them; fill where the crops
 // reach beyond the image.
 struct multi_formation_arguments {
@@ -145,6 +154,8 @@ struct kernel_table {
   void (*norm_relu_pool_bwd)(const norm_relu_pool_arguments &);
   void (*norm_relu_pool_tangent)(const norm_relu_pool_arguments &);
   void (*norm_relu_pool_tangent_bwd)(const norm_relu_pool_arguments &);
+  int64_t (*first_block_scratch)(const first_block_arguments &);
+  void (*first_block)(const first_block_arguments &);
   void (*multi_formation)(const multi_formation_arguments &);
 };
 

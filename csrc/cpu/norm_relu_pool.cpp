@@ -22,6 +22,8 @@ constexpr double slope = 0.01;                                          // of le
 constexpr int64_t block_pixels = 32;
 constexpr int64_t tile_bytes = 1 << 20;  // of what a tile reads more than once
 constexpr int64_t transposed_vectors = 2;   // channels of a tile of contiguous memory, in vectors
+constexpr int64_t cached_bytes = 4 << 20;   // larger results do not stay in the second cache anyway
+constexpr int64_t bytes_ahead = 1 << 15;  // that are asked for behind the tile at work
 constexpr int64_t elements_per_thread = 32768;
 
 // What is known of each channel of a tile.
@@ -39,7 +41,20 @@ template <typename T> struct tile {
   T *out;
   int64_t stride;  // the value of pixel p in channel c is x[p * stride + c], and so for the others
   T *memory;       // quantities x padded
+  bool bypass;     // write results past the caches
+  stream next_x, next_tangent;  // memory of this tile and the following ones
 
+  // Asks for so many vectors of what comes next, to keep memory busy in every pass.
+  void look_ahead(int64_t count) {
+    next_x.fetch(count * vector_bytes / line_bytes);
+    next_tangent.fetch(count * vector_bytes / line_bytes);
+  }
+  DDFAST_INLINE void put(T *target, vector<T> value) const {
+    if (can_bypass && bypass)
+      write_through(target, value);
+    else
+      write(target, value);
+  }
   T *operator[](int q) const { return memory + q * padded; }
   int64_t pixels() const { return arguments->height * arguments->width; }
 };
@@ -47,7 +62,7 @@ template <typename T> struct tile {
 // --- per channel --------------------------------------------------------------------------------
 
 // result = mean over the group, of values that are sums over the channel's plane.
-template <typename T> void average(const tile<T> &t, const T *values, T *result) {
+template <typename T> void average(tile<T> &t, const T *values, T *result) {
   const int64_t groups = t.arguments->groups, channels = t.arguments->channels;
   if (groups == 0) {
     memset(result, 0, size_t(t.padded) * sizeof(T));
@@ -64,14 +79,14 @@ template <typename T> void average(const tile<T> &t, const T *values, T *result)
   }
 }
 
-template <typename T> void take(const tile<T> &t, int q, const void *source, int64_t offset, T otherwise) {
+template <typename T> void take(tile<T> &t, int q, const void *source, int64_t offset, T otherwise) {
   T *target = t[q];
   const T *from = static_cast<const T *>(source);
   for (int64_t c = 0; c < t.padded; ++c)
     target[c] = from && c < t.channels ? from[offset + t.first_channel + c] : otherwise;
 }
 
-template <typename T> void take_affine(const tile<T> &t) {
+template <typename T> void take_affine(tile<T> &t) {
   const norm_relu_pool_arguments &x = *t.arguments;
   take(t, weight, x.weight, 0, T(1));
   take(t, bias, x.bias, 0, T(0));
@@ -79,12 +94,12 @@ template <typename T> void take_affine(const tile<T> &t) {
   take(t, bias_tangent, x.bias_tangent, t.image * x.bias_tangent_stride, T(0));
 }
 
-template <typename T> void rescale(const tile<T> &t) {
+template <typename T> void rescale(tile<T> &t) {
   for (int64_t c = 0; c < t.padded; ++c) t[scale][c] = t[weight][c] * t[rstd][c];
 }
 
 // Everything the forward pass left behind.
-template <typename T> void take_all(const tile<T> &t) {
+template <typename T> void take_all(tile<T> &t) {
   const norm_relu_pool_arguments &x = *t.arguments;
   take_affine(t);
   const T *means = static_cast<const T *>(x.mean) + t.image * x.groups;
@@ -99,51 +114,58 @@ template <typename T> void take_all(const tile<T> &t) {
   memset(t[sum_a], 0, size_t(t.padded * (factor_a - sum_a)) * sizeof(T));
 }
 
-template <typename T> void give(const tile<T> &t, const T *values, void *target) {
+template <typename T> void give(tile<T> &t, const T *values, void *target) {
   T *to = static_cast<T *>(target) + t.image * t.arguments->channels + t.first_channel;
   memcpy(to, values, size_t(t.channels) * sizeof(T));
 }
 
-template <typename T> void finish(const tile<T> &t, int sum) {
+template <typename T> void finish(tile<T> &t, int sum) {
   for (int64_t c = 0; c < t.padded; ++c) t[sum][c] += t[sum + 1][c];
 }
 
 // --- statistics ---------------------------------------------------------------------------------
 
-// mean and rstd, from sum_a = sums and sum_b = sums of squared deviations.
-template <typename T> void finish_statistics(const tile<T> &t) {
+// mean and rstd, from sum_a = sums of x - factor_b, sum_b = sums of squared deviations.
+template <typename T> void finish_statistics(tile<T> &t) {
   const norm_relu_pool_arguments &x = *t.arguments;
   const T eps = T(x.eps), pixels = T(t.pixels());
+  T *squares = t[sum_b], *means = t[factor_a];
   finish(t, sum_a);
   finish(t, sum_b);
-  average(t, t[sum_a], t[mean]);
-  T *squares = t[sum_b];
-  if (x.groups != x.channels) {
+  for (int64_t c = 0; c < t.padded; ++c) means[c] = t[factor_b][c] + t[sum_a][c] / pixels;
+  if (x.groups == x.channels) {
+    memcpy(t[mean], means, size_t(t.padded) * sizeof(T));
+  } else {
+    for (int64_t c = 0; c < t.padded; ++c) t[sum_a][c] = means[c] * pixels;
+    average(t, t[sum_a], t[mean]);
     for (int64_t c = 0; c < t.channels; ++c) {
-      const T apart = t[sum_a][c] / pixels - t[mean][c];
+      const T apart = means[c] - t[mean][c];
       squares[c] += pixels * apart * apart;
     }
   }
   average(t, squares, t[factor_a]);
   for (int64_t c = 0; c < t.padded; ++c) t[rstd][c] = T(1) / root(t[factor_a][c] + eps);
   const int64_t size = x.channels / x.groups;
-  T *means = static_cast<T *>(x.mean) + t.image * x.groups, *rstds = static_cast<T *>(x.rstd) + t.image * x.groups;
+  T *to_mean = static_cast<T *>(x.mean) + t.image * x.groups, *to_rstd = static_cast<T *>(x.rstd) + t.image * x.groups;
   for (int64_t c = 0; c < t.channels; c += size) {
-    means[(t.first_channel + c) / size] = t[mean][c];
-    rstds[(t.first_channel + c) / size] = t[rstd][c];
+    to_mean[(t.first_channel + c) / size] = t[mean][c];
+    to_rstd[(t.first_channel + c) / size] = t[rstd][c];
   }
 }
 
-template <typename T> void statistics(const tile<T> &t) {
+template <typename T> void statistics(tile<T> &t) {
   using V = vector<T>;
   const int64_t pixels = t.pixels(), stride = t.stride;
-  memset(t[sum_a], 0, size_t(t.padded * (factor_a - sum_a)) * sizeof(T));
-  T *so_far = t[factor_a];
+  memset(t[sum_a], 0, size_t(t.padded * (factor_b - sum_a)) * sizeof(T));
+  // The mean of the first block, and that of all blocks so far less it: small and so exact, where a
+  // mean far from zero would drown what the blocks differ by.
+  T *origin = t[factor_b], *so_far = t[factor_a];
   for (int64_t first = 0; first < pixels; first += block_pixels) {
     const int64_t count = pixels - first < block_pixels ? pixels - first : block_pixels;
     // Two sets of `first` and `count` values with these means differ by this much more.
     const T inverse = T(1) / T(count), share = T(count) / T(first + count), both = T(first) * share;
     for (int64_t j = 0; j < t.padded; j += width_of<T>) {
+      t.look_ahead(count);
       const T *x = t.x + first * stride + j;
       V a{}, b{}, c{}, d{};
       int64_t p = 0;
@@ -154,36 +176,40 @@ template <typename T> void statistics(const tile<T> &t) {
         d += read(x + (p + 3) * stride);
       }
       for (; p < count; ++p) a += read(x + p * stride);
-      const V sum = (a + b) + (c + d), centre = sum * inverse;
-      a = b = c = d = V{};
-      for (p = 0; p + 4 <= count; p += 4) {
+      const V centre = ((a + b) + (c + d)) * inverse;
+      if (first == 0) write(origin + j, centre);
+      V rest{}, more{};  // what rounding left of the sum of deviations
+      a = b = V{};
+      for (p = 0; p + 2 <= count; p += 2) {
         const V e = read(x + p * stride) - centre, f = read(x + (p + 1) * stride) - centre;
-        const V g = read(x + (p + 2) * stride) - centre, h = read(x + (p + 3) * stride) - centre;
+        rest += e;
+        more += f;
         a += e * e;
         b += f * f;
-        c += g * g;
-        d += h * h;
       }
-      for (; p < count; ++p) {
+      if (p < count) {
         const V e = read(x + p * stride) - centre;
+        rest += e;
         a += e * e;
       }
-      const V apart = centre - read(so_far + j);
+      rest += more;
+      const V middle = (centre - read(origin + j)) + rest * inverse, apart = middle - read(so_far + j);
       write(so_far + j, read(so_far + j) + apart * share);
-      add_exactly(t[sum_a] + j, t[low_a] + j, sum);
-      add_exactly(t[sum_b] + j, t[low_b] + j, ((a + b) + (c + d)) + apart * apart * both);
+      add_exactly(t[sum_a] + j, t[low_a] + j, middle * T(count));
+      add_exactly(t[sum_b] + j, t[low_b] + j, ((a + b) - rest * rest * inverse) + apart * apart * both);
     }
   }
   finish_statistics(t);
 }
 
 // factor_a = mean(x'), factor_b = mean(x' (x - mean)), factor_c = rstd^3 factor_b.
-template <typename T> void tangent_statistics(const tile<T> &t) {
+template <typename T> void tangent_statistics(tile<T> &t) {
   using V = vector<T>;
   const int64_t pixels = t.arguments->groups ? t.pixels() : 0, stride = t.stride;
   for (int64_t first = 0; first < pixels; first += block_pixels) {
     const int64_t last = pixels - first < block_pixels ? pixels : first + block_pixels;
     for (int64_t j = 0; j < t.padded; j += width_of<T>) {
+      t.look_ahead(last - first);
       const T *x = t.x + j, *tangent = t.tangent + j;
       const V centre = read(t[mean] + j);
       V a{}, b{}, c{}, d{};
@@ -223,6 +249,7 @@ template <int pool> constexpr int cell_pixels = pool == no_pool ? 1 : 4;
 // keep parameters and sums of a vector in registers while their pixels stay in the first cache.
 struct segment {
   int64_t rows, columns, first, pixel_row, pixel_step, result, result_row, result_step;
+  int64_t pixels(int64_t in_cell) const { return rows * columns * in_cell; }
   template <typename G> DDFAST_INLINE void operator()(G &&g) const {
     for (int64_t r = 0; r < rows; ++r) {
       int64_t e = first + r * pixel_row, q = result + r * result_row;
@@ -231,7 +258,7 @@ struct segment {
   }
 };
 
-template <int pool, typename T, typename F> DDFAST_INLINE void for_cells(const tile<T> &t, F &&f) {
+template <int pool, typename T, typename F> DDFAST_INLINE void for_cells(tile<T> &t, F &&f) {
   constexpr int64_t side = pool == no_pool ? 1 : 2, most = block_pixels / (side * side);
   const int64_t height = t.arguments->height, width = t.arguments->width, stride = t.stride, padded = t.padded;
   // Without pooling the plane is as good as one long row.
@@ -247,7 +274,7 @@ template <int pool, typename T, typename F> DDFAST_INLINE void for_cells(const t
 }
 
 // Calls f(j, e) for each pixel that no cell holds: the last row or column of an odd plane.
-template <int pool, typename T, typename F> DDFAST_INLINE void for_leftovers(const tile<T> &t, F &&f) {
+template <int pool, typename T, typename F> DDFAST_INLINE void for_leftovers(tile<T> &t, F &&f) {
   if (pool == no_pool) return;
   const int64_t height = t.arguments->height, width = t.arguments->width;
   for (int64_t r = 0; r < height; ++r)
@@ -266,9 +293,9 @@ template <int activation, int pool, typename T> struct cell {
   V y[size], a[size], first[size], second[size];
   vector_mask<T> chosen;  // which pixel is the maximum
 
-  DDFAST_INLINE explicit cell(const tile<T> &t)
+  DDFAST_INLINE explicit cell(tile<T> &t)
       : is_swish(t.arguments->activation == swish), row(t.arguments->width * t.stride), column(t.stride) {}
-  DDFAST_INLINE void enter(const tile<T> &t, int64_t j) {
+  DDFAST_INLINE void enter(tile<T> &t, int64_t j) {
     centre = read(t[mean] + j);
     steep = read(t[scale] + j);
     shift = read(t[bias] + j);
@@ -338,8 +365,8 @@ template <int activation, int pool, typename T> struct moved_cell : cell<activat
   V middle, along, moved;  // y' = steep (x' - middle) + apart along + moved
   V gy[base::size], gy_moved[base::size], x_moved[base::size];
 
-  DDFAST_INLINE explicit moved_cell(const tile<T> &t) : base(t) {}
-  DDFAST_INLINE void enter(const tile<T> &t, int64_t j) {
+  DDFAST_INLINE explicit moved_cell(tile<T> &t) : base(t) {}
+  DDFAST_INLINE void enter(tile<T> &t, int64_t j) {
     base::enter(t, j);
     middle = read(t[factor_a] + j);
     along = read(t[factor_d] + j);
@@ -363,7 +390,7 @@ template <int activation, int pool, typename T> struct moved_cell : cell<activat
 
 // --- the four operators on a tile ---------------------------------------------------------------
 
-template <int activation, int pool, typename T> void forward(const tile<T> &t) {
+template <int activation, int pool, typename T> void forward(tile<T> &t) {
   take_affine(t);
   if (t.arguments->groups) {
     statistics(t);
@@ -376,15 +403,16 @@ template <int activation, int pool, typename T> void forward(const tile<T> &t) {
   T *out = t.out;
   for_cells<pool>(t, [&](int64_t j, const segment &s) __attribute__((always_inline)) {
     cell.enter(t, j);
+    t.look_ahead(s.pixels(cell.size));
     s([&](int64_t e, int64_t q) __attribute__((always_inline)) {
       cell.load(x + e);
       if (activation != smooth && pool != max_pool) cell.activate();
-      write(out + q, cell.pooled(cell.a));
+      t.put(out + q, cell.pooled(cell.a));
     });
   });
 }
 
-template <int activation, int pool, typename T> void backward(const tile<T> &t) {
+template <int activation, int pool, typename T> void backward(tile<T> &t) {
   using V = vector<T>;
   take_all(t);
   cell<activation, pool, T> cell(t);
@@ -393,6 +421,7 @@ template <int activation, int pool, typename T> void backward(const tile<T> &t) 
   T *out = t.out;
   for_cells<pool>(t, [&](int64_t j, const segment &s) __attribute__((always_inline)) {
     cell.enter(t, j);
+    t.look_ahead(s.pixels(cell.size));
     V sum{}, product{};
     s([&](int64_t e, int64_t q) __attribute__((always_inline)) {
       cell.load(x + e);
@@ -427,6 +456,7 @@ template <int activation, int pool, typename T> void backward(const tile<T> &t) 
   // grad_x = scale gy - factor_a - (x - mean) factor_b
   for_cells<pool>(t, [&](int64_t j, const segment &s) __attribute__((always_inline)) {
     cell.enter(t, j);
+    t.look_ahead(s.pixels(cell.size));
     const V constant = read(t[factor_a] + j), along = read(t[factor_b] + j);
     s([&](int64_t e, int64_t q) __attribute__((always_inline)) {
       cell.load(x + e);
@@ -434,25 +464,25 @@ template <int activation, int pool, typename T> void backward(const tile<T> &t) 
 #pragma GCC unroll 4
       for (int k = 0; k < size; ++k) {
         const V gy = cell.through(cell.unpooled(g, k), k);
-        write(out + e + cell.offset(k), cell.steep * gy - (cell.apart[k] * along + constant));
+        t.put(out + e + cell.offset(k), cell.steep * gy - (cell.apart[k] * along + constant));
       }
     });
   });
   for_leftovers<pool>(t, [&](int64_t j, int64_t e) __attribute__((always_inline)) {
     const V apart = read(x + e) - read(t[mean] + j);
-    write(out + e, -(apart * read(t[factor_b] + j) + read(t[factor_a] + j)));
+    t.put(out + e, -(apart * read(t[factor_b] + j) + read(t[factor_a] + j)));
   });
 }
 
 // y' = scale (x' - factor_a) + (x - mean) factor_d + bias'
-template <typename T> void prepare_tangent(const tile<T> &t) {
+template <typename T> void prepare_tangent(tile<T> &t) {
   take_all(t);
   tangent_statistics(t);
   for (int64_t c = 0; c < t.padded; ++c)
     t[factor_d][c] = t[weight_tangent][c] * t[rstd][c] - t[weight][c] * t[factor_c][c];
 }
 
-template <int activation, int pool, typename T> void tangent(const tile<T> &t) {
+template <int activation, int pool, typename T> void tangent(tile<T> &t) {
   using V = vector<T>;
   prepare_tangent(t);
   moved_cell<activation, pool, T> cell(t);
@@ -461,18 +491,19 @@ template <int activation, int pool, typename T> void tangent(const tile<T> &t) {
   T *out = t.out;
   for_cells<pool>(t, [&](int64_t j, const segment &s) __attribute__((always_inline)) {
     cell.enter(t, j);
+    t.look_ahead(s.pixels(cell.size));
     s([&](int64_t e, int64_t q) __attribute__((always_inline)) {
       cell.load(x + e);
       cell.load_moved(tangent + e);
       V values[size];
 #pragma GCC unroll 4
       for (int k = 0; k < size; ++k) values[k] = cell.through(cell.y_moved(k), k);
-      write(out + q, cell.pooled(values));
+      t.put(out + q, cell.pooled(values));
     });
   });
 }
 
-template <int activation, int pool, typename T> void tangent_backward(const tile<T> &t) {
+template <int activation, int pool, typename T> void tangent_backward(tile<T> &t) {
   using V = vector<T>;
   prepare_tangent(t);
   moved_cell<activation, pool, T> cell(t);
@@ -481,6 +512,7 @@ template <int activation, int pool, typename T> void tangent_backward(const tile
   T *out = t.out;
   for_cells<pool>(t, [&](int64_t j, const segment &s) __attribute__((always_inline)) {
     cell.enter(t, j);
+    t.look_ahead(s.pixels(cell.size));
     V sum{}, product{}, sum_moved{}, product_moved{}, product_x{};
     s([&](int64_t e, int64_t q) __attribute__((always_inline)) {
       cell.load(x + e);
@@ -541,20 +573,20 @@ template <int activation, int pool, typename T> void tangent_backward(const tile
       for (int k = 0; k < size; ++k) {
         const V rest = cell.x_moved[k] * of_moved + (cell.apart[k] * of_apart + constant);
         const V result = of_gy * cell.gy[k] + (cell.steep * cell.gy_moved[k] - rest);
-        write(out + e + cell.offset(k), result);
+        t.put(out + e + cell.offset(k), result);
       }
     });
   });
   for_leftovers<pool>(t, [&](int64_t j, int64_t e) __attribute__((always_inline)) {
     const V apart = read(x + e) - read(t[mean] + j), x_moved = read(tangent + e) - read(t[factor_a] + j);
     const V rest = x_moved * read(t[low_a] + j) + (apart * read(t[low_b] + j) + read(t[low_c] + j));
-    write(out + e, -rest);
+    t.put(out + e, -rest);
   });
 }
 
 // --- tiles over images and channels -------------------------------------------------------------
 
-template <typename T> using operation = void (*)(const tile<T> &);
+template <typename T> using operation = void (*)(tile<T> &);
 
 // How the channels of an image are divided into tiles.
 struct division {
@@ -579,12 +611,21 @@ template <typename T> division divide(const norm_relu_pool_arguments &x, int64_t
 }
 
 // Where a tensor's part of a tile lies: in place, or in `buffer`.
-template <typename T> T *part(const norm_relu_pool_arguments &x, const tile<T> &t, const void *tensor, int64_t pixels, T *buffer) {
+template <typename T> T *part(const norm_relu_pool_arguments &x, tile<T> &t, const void *tensor, int64_t pixels, T *buffer) {
   if (!tensor || buffer) return tensor ? buffer : nullptr;
   return static_cast<T *>(const_cast<void *>(tensor)) + t.image * x.channels * pixels + t.first_channel;
 }
 
-template <typename T> void copy_in(const norm_relu_pool_arguments &x, const tile<T> &t, const void *tensor, int64_t pixels, T *buffer) {
+// Moves a stream to the tile at `first` of `values` values, and on from there.
+template <typename T> void advance(stream &s, const void *tensor, int64_t first, int64_t values, int64_t all) {
+  if (!tensor) return;
+  const int64_t ahead = bytes_ahead / int64_t(sizeof(T)), last = first + values + ahead;
+  const T *from = static_cast<const T *>(tensor), *start = from + first, *limit = from + (last < all ? last : all);
+  if (s.line < reinterpret_cast<const char *>(start)) s.line = reinterpret_cast<const char *>(start);
+  s.limit = reinterpret_cast<const char *>(limit);
+}
+
+template <typename T> void copy_in(const norm_relu_pool_arguments &x, tile<T> &t, const void *tensor, int64_t pixels, T *buffer) {
   if (!tensor || !buffer) return;
   const T *image = static_cast<const T *>(tensor) + t.image * x.channels * pixels;
   if (t.channels < t.padded) memset(buffer, 0, size_t(pixels * t.padded) * sizeof(T));
@@ -593,7 +634,7 @@ template <typename T> void copy_in(const norm_relu_pool_arguments &x, const tile
     for (int64_t c = 0; c < t.channels; ++c) buffer[p * t.padded + c] = image[p * x.channels + t.first_channel + c];
 }
 
-template <typename T> void copy_out(const norm_relu_pool_arguments &x, const tile<T> &t, const T *buffer, int64_t pixels) {
+template <typename T> void copy_out(const norm_relu_pool_arguments &x, tile<T> &t, const T *buffer, int64_t pixels) {
   if (!buffer) return;
   T *image = static_cast<T *>(x.out) + t.image * x.channels * pixels;
   if (!x.channels_last) return transpose(buffer, t.padded, pixels, t.channels, image + t.first_channel * pixels, pixels);
@@ -613,11 +654,15 @@ template <typename T> void run(const norm_relu_pool_arguments &x, operation<T> o
   const int64_t most = tasks < useful ? tasks : useful;
   const int threads = most < 1 ? 1 : (most < x.threads ? int(most) : x.threads);
   (void)threads;
+  const int64_t row = x.channels * int64_t(sizeof(T)), written = x.images * out_pixels * row;
+  const bool bypass = written > cached_bytes && (row | int64_t(uintptr_t(x.out))) % vector_bytes == 0;
+  const bool linear = !x.channels_last || by.tiles == 1;  // tile after tile, memory is read in its order
 #ifdef _OPENMP
 #pragma omp parallel num_threads(threads) if (threads > 1)
 #endif
   {
     const int64_t large = copies ? pixels * widest : 0, small = copies ? cells * widest : 0;
+    stream next_x{}, next_tangent{};
     scratch<T> memory(quantities * widest);
     scratch<T> of_x(large), of_tangent(x.tangent ? large : 0), of_grad(x.grad ? small : 0);
     scratch<T> of_grad_tangent(x.grad_tangent ? small : 0), of_out(pooled_out ? small : large);
@@ -635,19 +680,30 @@ template <typename T> void run(const norm_relu_pool_arguments &x, operation<T> o
       t.memory = memory.data;
       const bool in_place = x.channels_last && t.channels == t.padded;
       const auto buffer = [&](scratch<T> &s) { return in_place ? nullptr : s.data; };
+      t.bypass = in_place && bypass;
       t.stride = in_place ? x.channels : t.padded;
       const auto input = [&](const void *tensor, int64_t count, scratch<T> &s) {
         copy_in(x, t, tensor, count, buffer(s));
         return part(x, t, tensor, count, buffer(s));
       };
+      if (linear) {
+        const int64_t start = (t.image * x.channels + t.first_channel) * pixels;
+        advance<T>(next_x, x.x, start, t.channels * pixels, x.images * x.channels * pixels);
+        advance<T>(next_tangent, x.tangent, start, t.channels * pixels, x.images * x.channels * pixels);
+        t.next_x = next_x;
+        t.next_tangent = next_tangent;
+      }
       t.x = input(x.x, pixels, of_x);
       t.tangent = input(x.tangent, pixels, of_tangent);
       t.grad = input(x.grad, cells, of_grad);
       t.grad_tangent = input(x.grad_tangent, cells, of_grad_tangent);
       t.out = part(x, t, x.out, out_pixels, buffer(of_out));
       operate(t);
+      next_x = t.next_x;
+      next_tangent = t.next_tangent;
       copy_out(x, t, buffer(of_out), out_pixels);
     }
+    if (bypass) drain();
   }
 }
 

@@ -21,6 +21,8 @@ void norm_relu_pool(const norm_relu_pool_arguments &);
 void norm_relu_pool_bwd(const norm_relu_pool_arguments &);
 void norm_relu_pool_tangent(const norm_relu_pool_arguments &);
 void norm_relu_pool_tangent_bwd(const norm_relu_pool_arguments &);
+int64_t first_block_scratch(const first_block_arguments &);
+void first_block(const first_block_arguments &);
 void multi_formation(const multi_formation_arguments &);
 }  // namespace DDFAST_LEVEL
 
@@ -37,6 +39,8 @@ const kernel_table *DDFAST_JOIN(kernel_table_, DDFAST_LEVEL)() {
       DDFAST_LEVEL::norm_relu_pool_bwd,
       DDFAST_LEVEL::norm_relu_pool_tangent,
       DDFAST_LEVEL::norm_relu_pool_tangent_bwd,
+      DDFAST_LEVEL::first_block_scratch,
+      DDFAST_LEVEL::first_block,
       DDFAST_LEVEL::multi_formation,
   };
   return &table;

@@ -41,6 +41,18 @@ template <typename T> DDFAST_INLINE vector<T> read(const T *source) {
   return value;
 }
 template <typename T> DDFAST_INLINE void write(T *target, vector<T> value) { memcpy(target, &value, sizeof value); }
+// The same past the caches, where a vector is a whole line: for large results, whose lines would
+// otherwise be read before they are overwritten. `target` must be aligned; end with `drain`.
+#if defined(__AVX512F__)
+constexpr bool can_bypass = true;
+DDFAST_INLINE void write_through(float *target, vector<float> value) { _mm512_stream_ps(target, value); }
+DDFAST_INLINE void write_through(double *target, vector<double> value) { _mm512_stream_pd(target, value); }
+DDFAST_INLINE void drain() { _mm_sfence(); }
+#else
+constexpr bool can_bypass = false;
+template <typename T> DDFAST_INLINE void write_through(T *target, vector<T> value) { write(target, value); }
+DDFAST_INLINE void drain() {}
+#endif
 template <typename T> DDFAST_INLINE vector<T> broadcast(T value) { return value - vector<T>{}; }
 
 // e^x to a few units in the last place; beyond +-87 (float) or +-700 it stays at the end's value,
@@ -72,8 +84,8 @@ DDFAST_INLINE vector<double> exponential(vector<double> x) {
 // a > b ? a : b, so b where either is NaN. One instruction, which GCC 12 does not find by itself.
 template <typename V> DDFAST_INLINE V larger(V a, V b) { return a > b ? a : b; }
 #if defined(__AVX512F__)
-template <> DDFAST_INLINE vector<float> larger(vector<float> a, vector<float> b) { return _mm512_max_ps(a, b); }
-template <> DDFAST_INLINE vector<double> larger(vector<double> a, vector<double> b) { return _mm512_max_pd(a, b); }
+template <> DDFAST_INLINE vector<float> larger(vector<float> a, vector<float> b) { return _mm512_maskz_max_ps(__mmask16(-1), a, b); }
+template <> DDFAST_INLINE vector<double> larger(vector<double> a, vector<double> b) { return _mm512_maskz_max_pd(__mmask8(-1), a, b); }
 #endif
 
 DDFAST_INLINE float root(float x) { return sqrtf(x); }
@@ -85,6 +97,16 @@ template <typename T> DDFAST_INLINE void add_exactly(T *sum, T *low, vector<T> v
   write(sum, after);
   write(low, read(low) + ((before - (after - added)) + (value - added)));
 }
+
+// Asks for memory that is read from one end to the other, some lines before it is read.
+constexpr int64_t line_bytes = 64;
+struct stream {
+  const char *line, *limit;
+  DDFAST_INLINE void fetch(int64_t lines) {
+    const int64_t left = (limit - line) / line_bytes;
+    for (lines = left < lines ? left : lines; lines > 0; --lines, line += line_bytes) __builtin_prefetch(line, 0, 2);
+  }
+};
 
 // --- transposition ---
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ddfast.engine.chain import Block, Chain
 from ddfast.engine.segments import check_labels
 from ddfast.ops import class_weight_grad as conv
+from ddfast.ops import first_block as first
 from ddfast.ops import norm_relu_pool as norm
 
 
@@ -57,9 +58,13 @@ def _weight(block: Block) -> Tensor:
     return block.convolution.weight.detach().unsqueeze(0)
 
 
-def _planes(block: Block, z: Tensor) -> list[int]:
-    height, width = z.shape[2:]
-    return [height, width] if block.pool == "none" else [height // 2, width // 2]
+def algorithm_of(block: Block, plane: Sequence[int], algorithm: str) -> str:
+    """The algorithm asked for where this convolution can use it, else the best that it can."""
+    if algorithm != "winograd":
+        return algorithm
+    fits = block.convolution.kernel_size == (3, 3) and block.padding == 1
+    fits = fits and plane[0] % 4 == 0 and plane[1] % 4 == 0
+    return algorithm if fits and block.convolution.weight.dtype == torch.float32 else "auto"
 
 
 def forward_backward(
@@ -71,17 +76,35 @@ def forward_backward(
     names: Sequence[str],
     algorithm: str,
     keep: bool,
+    recompute: bool = False,
 ) -> tuple[dict[str, Tensor], Trace]:
-    """Weight gradients (segments, *shape) by name; the trace is complete only with `keep`."""
+    """Weight gradients (segments, *shape) by name; the trace is complete only with `keep`.
+
+    Args:
+        recompute: not to store what the first convolution gives (not together with `keep`).
+    """
     check_labels(labels, chain.head.out_features)
     trace = Trace(counts, share)
     everything = [len(images)]
     x = images.detach()
     if x.device.type == "cpu":
         x = x.contiguous(memory_format=torch.channels_last)
-    for block in chain.blocks:
+    for number, block in enumerate(chain.blocks):
         trace.inputs.append(x)
-        z = conv.class_conv(x, _weight(block), everything, block.padding, algorithm)
+        if recompute and number == 0:
+            x, mean, rstd = first.first_block(
+                *_first_block(block, x),
+                block.padding,
+                block.groups,
+                block.eps,
+                block.activation,
+                block.pool,
+            )
+            trace.outputs.append(x)  # keeps the place
+            trace.statistics.append((mean, rstd))
+            continue
+        kind = algorithm_of(block, x.shape[2:], algorithm)
+        z = conv.class_conv(x, _weight(block), everything, block.padding, kind)
         if block.convolution.bias is not None and block.bias_counts:
             z.add_(block.convolution.bias.detach().view(1, -1, 1, 1))
         weight, bias = block.affine()
@@ -102,7 +125,7 @@ def forward_backward(
     found: dict[str, Tensor] = {}
     if f"{chain.head_name}.weight" in names:
         found[f"{chain.head_name}.weight"] = conv.class_weight_grad(
-            features, by_logits, counts, [], 0, algorithm
+            features, by_logits, counts, [], 0, "auto"
         )
     if f"{chain.head_name}.bias" in names:
         found[f"{chain.head_name}.bias"] = _segment_sum(by_logits, counts)
@@ -115,6 +138,19 @@ def forward_backward(
     for number in range(len(chain.blocks) - 1, -1, -1):
         block, x, z = chain.blocks[number], trace.inputs[number], trace.outputs[number]
         mean, rstd = trace.statistics[number]
+        if recompute and number == 0:
+            _collect_first(
+                found,
+                block,
+                names,
+                first.first_block_bwd(
+                    *(g, *_first_block(block, x), mean, rstd, counts, block.padding, block.groups),
+                    block.activation,
+                    block.pool,
+                ),
+                counts,
+            )
+            break
         weight, bias = block.affine()
         gz, by_scale, by_shift = norm.norm_relu_pool_bwd(
             g, z, weight, bias, mean, rstd, block.groups, block.activation, block.pool
@@ -128,8 +164,16 @@ def forward_backward(
         if number == 0 or (not keep and last is not None and number <= last):
             break
         size = list(x.shape[2:])
-        g = conv.class_input_grad(gz, _weight(block), everything, size, block.padding, algorithm)
+        kind = algorithm_of(block, size, algorithm)
+        g = conv.class_input_grad(gz, _weight(block), everything, size, block.padding, kind)
     return found, trace
+
+
+def _first_block(block: Block, x: Tensor) -> tuple[Tensor | None, ...]:
+    """Its tensors; the bias only where it counts."""
+    bias = block.convolution.bias if block.bias_counts else None
+    weight = block.convolution.weight.detach()
+    return x, weight, None if bias is None else bias.detach(), *block.affine()
 
 
 def _least_block(chain: Chain, names: Sequence[str]) -> int | None:
@@ -140,6 +184,24 @@ def _least_block(chain: Chain, names: Sequence[str]) -> int | None:
         if owned & set(names):
             return number
     return None
+
+
+def _collect_first(
+    found: dict[str, Tensor],
+    block: Block,
+    names: Sequence[str],
+    gradients: tuple[Tensor, ...],
+    counts: list[int],
+) -> None:
+    by_weight, *rows = gradients
+    if not block.bias_counts:  # exactly zero: the norm subtracts the bias again
+        rows[0] = torch.zeros_like(rows[0])
+    if f"{block.name}.weight" in names:
+        found[f"{block.name}.weight"] = by_weight
+    owned = (f"{block.name}.bias", f"{block.norm_name}.weight", f"{block.norm_name}.bias")
+    for name, row in zip(owned, rows, strict=True):
+        if name in names:
+            found[name] = _segment_sum(row, counts)
 
 
 def _collect(
@@ -155,8 +217,9 @@ def _collect(
 ) -> None:
     if f"{block.name}.weight" in names:
         kernel = list(block.convolution.kernel_size)
+        kind = algorithm_of(block, x.shape[2:], algorithm)
         found[f"{block.name}.weight"] = conv.class_weight_grad(
-            x, gz, counts, kernel, block.padding, algorithm
+            x, gz, counts, kernel, block.padding, kind
         )
     if f"{block.name}.bias" in names:
         if block.bias_counts:
@@ -198,7 +261,7 @@ def tangent(chain: Chain, trace: Trace, direction: Mapping[str, Tensor], algorit
         logits = moved.flatten(1) @ head.T
     turn = direction.get(f"{chain.head_name}.weight")
     if turn is not None:
-        part = conv.class_conv(trace.features, turn, counts, 0, algorithm)
+        part = conv.class_conv(trace.features, turn, counts, 0, "auto")
         logits = part if logits is None else logits.add_(part)
     shift = direction.get(f"{chain.head_name}.bias")
     if shift is not None:
@@ -210,7 +273,7 @@ def tangent(chain: Chain, trace: Trace, direction: Mapping[str, Tensor], algorit
     by_logits_tangent *= trace.share.unsqueeze(1)
     g_tangent = by_logits_tangent @ head
     if turn is not None:
-        g_tangent += conv.class_input_grad(by_logits, turn, counts, [], 0, algorithm)
+        g_tangent += conv.class_input_grad(by_logits, turn, counts, [], 0, "auto")
 
     g_tangent = g_tangent.view(trace.by_pooled[-1].shape)
     if g_tangent.device.type == "cpu":
@@ -236,13 +299,14 @@ def tangent(chain: Chain, trace: Trace, direction: Mapping[str, Tensor], algorit
             )[0]
         outputs[number] = None
         size = list(trace.inputs[number].shape[2:])
+        kind = algorithm_of(block, size, algorithm)
         g_tangent = conv.class_input_grad(
-            gz_tangent, _weight(block), everything, size, block.padding, algorithm
+            gz_tangent, _weight(block), everything, size, block.padding, kind
         )
         turn = direction.get(f"{block.name}.weight")
         if turn is not None:
             gz = trace.by_output[number]
-            g_tangent += conv.class_input_grad(gz, turn, counts, size, block.padding, algorithm)
+            g_tangent += conv.class_input_grad(gz, turn, counts, size, block.padding, kind)
     return g_tangent
 
 
@@ -256,12 +320,13 @@ def _block_tangent(
 ) -> tuple[Tensor | None, Tensor | None, tuple[Tensor | None, Tensor | None]]:
     """Tangents of the block's result and of its convolution's; (N, channels) those of its norm."""
     x, z, counts = trace.inputs[number], trace.outputs[number], trace.counts
+    kind = algorithm_of(block, x.shape[2:], algorithm)
     z_tangent: Tensor | None = None
     if moved is not None:
-        z_tangent = conv.class_conv(moved, _weight(block), [len(x)], block.padding, algorithm)
+        z_tangent = conv.class_conv(moved, _weight(block), [len(x)], block.padding, kind)
     turn = direction.get(f"{block.name}.weight")
     if turn is not None:
-        part = conv.class_conv(x, turn, counts, block.padding, algorithm)
+        part = conv.class_conv(x, turn, counts, block.padding, kind)
         z_tangent = part if z_tangent is None else z_tangent.add_(part)
     shift = direction.get(f"{block.name}.bias")
     if shift is not None and block.bias_counts:

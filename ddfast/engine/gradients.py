@@ -23,6 +23,7 @@ from ddfast.engine.segments import (
 )
 from ddfast.losses import gradient_distance_and_gradient
 from ddfast.memory import DEFAULT, FIRST_ORDER, SECOND_ORDER, activation_bytes, parse_memory
+from ddfast.ops.first_block import MOST_CHANNELS
 from ddfast.ops.registry import refuse_transforms
 
 PATHS = ("auto", "fused", "general")
@@ -145,6 +146,7 @@ def segment_gradients(
     weights: Tensor | None = None,
     path: str = "auto",
     algorithm: str = "auto",
+    recompute: bool | None = None,
 ) -> list[Tensor]:
     """As :func:`class_gradients`, of consecutive segments of images whose labels may differ.
 
@@ -152,6 +154,9 @@ def segment_gradients(
         counts: sizes of the segments, which sum to N.
         names: the parameters wanted (see :func:`weight_names`), by default all.
         weights: (N,), factor of each image's cross-entropy in place of 1 / (size of its segment).
+        recompute: compute the first convolution again in the backward pass rather than store it,
+            on the fused path. Default: where that is faster, which is on CPUs, for images of up to
+            four channels.
 
     Returns:
         (segments, *shape) for each name.
@@ -163,6 +168,9 @@ def segment_gradients(
     p = plan(net, images, memory, path)
     if p.chain is None:
         return general.gradients(net, images, labels, counts, share, names, p.first)
+    again = recompute
+    if again is None:
+        again = images.device.type == "cpu" and images.shape[1] <= MOST_CHANNELS
     parameters = dict(net.named_parameters())
     out = [parameters[name].new_empty((len(counts), *parameters[name].shape)) for name in names]
     written = 0  # segments before this one have been begun
@@ -176,6 +184,7 @@ def segment_gradients(
             names,
             algorithm,
             keep=False,
+            recompute=again,
         )
         begun = piece.first < written  # only its first segment can have images in earlier pieces
         fresh = piece.first + begun

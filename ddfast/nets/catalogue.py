@@ -15,6 +15,7 @@ from ddfast.nets.initialisation import initialise
 from ddfast.nets.naming import SUFFIXES, convnet_options
 from ddfast.nets.network import Network, Size
 from ddfast.nets.resnet import ResNet18
+from ddfast.nets.resnet_ap import ResNetAP
 from ddfast.nets.vgg import VGG11
 
 _Constructor = Callable[[int, int, Size], Network]
@@ -36,6 +37,15 @@ _OTHERS: dict[str, tuple[str, _Constructor]] = {
     "ResNet18BN_AP": (
         "ResNet-18 with average pooling for strides, batch normalisation",
         partial(ResNet18, norm="batchnorm", average=True),
+    ),
+    "ResNetAP10": ("IDC's ResNet-10 with average pooling, instance normalisation", ResNetAP),
+    "ResNetAP10BN": (
+        "IDC's ResNet-10 with average pooling, batch normalisation",
+        partial(ResNetAP, norm="batchnorm"),
+    ),
+    "ResNetAP18": (
+        "IDC's ResNet-18 with average pooling, instance normalisation",
+        partial(ResNetAP, depth=18),
     ),
 }
 
@@ -75,7 +85,8 @@ def build(
             so that every such network is the same.
 
     The global random state is neither read nor written. Parameter names, order and shapes are
-    those of the official DC, DSA and DM code, so that ``load_state_dict`` takes its checkpoints.
+    those of the official DC, DSA and DM code (ResNetAP: of IDC's), so that ``load_state_dict``
+    takes its checkpoints.
 
     Raises:
         TypeError: an argument of the wrong type.

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
+import torch
 from torch import Tensor, nn
 
+from ddfast.layers import norm_relu_pool
+from ddfast.nets.fusion import can_fuse
 from ddfast.nets.network import Network, Size, margin, normalisation
 
 
@@ -15,6 +20,10 @@ class ConvNet(Network):
     and order are those of the official checkpoints: ``features.<i>.weight``, ``.bias``, ...,
     ``classifier.weight``, ``classifier.bias``. Pooling drops the last row or column of an odd
     plane; the linear layer has the size that is left.
+
+    Normalisation, activation and pooling of a block run as one operator, `layers.norm_relu_pool`,
+    where it serves (see `ddfast.nets.fusion`); else, and with ``net.fused = False``, layer by
+    layer. The operator has first and second derivatives, the layers have all.
 
     Args:
         channels: of the images.
@@ -34,6 +43,7 @@ class ConvNet(Network):
     """
 
     classifier: nn.Linear
+    fused = True
 
     def __init__(
         self,
@@ -70,7 +80,65 @@ class ConvNet(Network):
         self.classifier = nn.Linear(width * height * side, classes)
 
     def embed(self, images: Tensor) -> Tensor:
-        return self.features(images).flatten(1)
+        blocks = _blocks(self.features) if self.fused else None
+        if not blocks or not can_fuse(images, self.features, _values(images, blocks[0])):
+            return self.features(images).flatten(1)
+        x = images
+        if images.device.type == "cpu":
+            x = images.contiguous(memory_format=torch.channels_last)  # the fastest for both
+        for block in blocks:
+            x = block(x)
+        return x.flatten(1)
+
+
+class _Block(NamedTuple):
+    """A convolution and the settings of what follows it."""
+
+    convolution: nn.Conv2d
+    norm: nn.GroupNorm | None
+    activation: str
+    pool: str
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = self.convolution(x)
+        if self.norm is None:
+            return norm_relu_pool(x, activation=self.activation, pool=self.pool)
+        norm = self.norm
+        return norm_relu_pool(
+            x, norm.weight, norm.bias, norm.num_groups, norm.eps, self.activation, self.pool
+        )
+
+
+def _values(images: Tensor, block: _Block) -> int:
+    """How many values the block's convolution returns; it keeps the plane, or adds a margin."""
+    return images.shape[0] * block.convolution.out_channels * images.shape[2:].numel()
+
+
+def _blocks(features: nn.Sequential) -> list[_Block] | None:
+    """The blocks of a chain of layers; None unless `norm_relu_pool` computes all of it."""
+    blocks: list[_Block] = []
+    layers = list(features)
+    while layers:
+        convolution, norm, pool = layers.pop(0), None, "none"
+        if layers and type(layers[0]) is nn.GroupNorm:
+            norm = layers.pop(0)
+        activation = _ACTIVATIONS.get(type(layers.pop(0))) if layers else None
+        if layers and type(layers[0]) in _POOLS:
+            pool = _POOLS[type(layers.pop(0))]
+        if type(convolution) is not nn.Conv2d or activation is None:
+            return None
+        blocks.append(_Block(convolution, norm, activation, pool))
+    return blocks
+
+
+# As this file makes them: the slope of LeakyReLU and the size of the cells are fixed.
+_ACTIVATIONS: dict[type, str] = {
+    nn.ReLU: "relu",
+    nn.LeakyReLU: "leaky_relu",
+    nn.Sigmoid: "sigmoid",
+    nn.SiLU: "swish",
+}
+_POOLS: dict[type, str] = {nn.AvgPool2d: "average", nn.MaxPool2d: "max"}
 
 
 def _some(layer: nn.Module | None) -> list[nn.Module]:

@@ -12,13 +12,21 @@ _BATCHNORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
 _NORM = (nn.GroupNorm, nn.LayerNorm, *_BATCHNORM)
 
 
+class FanOutConv2d(nn.Conv2d):
+    """A convolution whose weights start as N(0, sqrt(2 / (kernel area * outputs))), as in IDC.
+
+    That is He et al.'s rule with the fan out; everything else is ``torch.nn.Conv2d``.
+    """
+
+
 @torch.no_grad()
 def initialise(net: nn.Module, generator: torch.Generator) -> None:
-    """Draw every parameter of ``net`` anew, in place, from PyTorch's default distributions.
+    """Draw every parameter of ``net`` anew, in place, from the distributions of its layers.
 
-    Weights and biases of linear and convolutional layers: uniform between -1/sqrt(fan_in) and
-    1/sqrt(fan_in), where fan_in counts the inputs of one output. Normalisations: weight 1, bias 0,
-    running statistics as new.
+    They are PyTorch's defaults. Weights and biases of linear and convolutional layers: uniform
+    between -1/sqrt(fan_in) and 1/sqrt(fan_in), where fan_in counts the inputs of one output.
+    Normalisations: weight 1, bias 0, running statistics as new. One layer has a rule of its own,
+    the convolution of ResNetAP (:class:`FanOutConv2d`).
 
     The generator is a CPU one wherever the network lives, and the draws do not depend on the
     network's device or memory format: they are made on the CPU in the dtype of the parameter and
@@ -49,7 +57,11 @@ def initialise(net: nn.Module, generator: torch.Generator) -> None:
     for module in modules:
         if isinstance(module, _WEIGHTED):
             bound = 1.0 / math.sqrt(math.prod(module.weight.shape[1:]))
-            _uniform(module.weight, bound, generator)
+            if isinstance(module, FanOutConv2d):
+                area = math.prod(module.kernel_size)
+                _normal(module.weight, math.sqrt(2 / (area * module.out_channels)), generator)
+            else:
+                _uniform(module.weight, bound, generator)
             if module.bias is not None:
                 _uniform(module.bias, bound, generator)
         elif isinstance(module, _NORM):
@@ -67,6 +79,11 @@ def _uniform(parameter: Tensor, bound: float, generator: torch.Generator) -> Non
     else:  # uniform_ fills memory in storage order: draw in logical order, then copy
         drawn = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
         parameter.copy_(drawn.uniform_(-bound, bound, generator=generator))
+
+
+def _normal(parameter: Tensor, deviation: float, generator: torch.Generator) -> None:
+    drawn = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+    parameter.copy_(drawn.normal_(0, deviation, generator=generator))
 
 
 def has_batchnorm(net: nn.Module) -> bool:

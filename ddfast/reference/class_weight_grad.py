@@ -172,7 +172,8 @@ def memory_format(x: Tensor) -> torch.memory_format:
 def _joined(parts: list[Tensor], shape: Sequence[int], like: Tensor) -> Tensor:
     """The classes' results one after the other, in the dtype and memory format of `like`."""
     out = torch.cat(parts) if parts else like.new_zeros(list(shape))
-    return out.to(like.dtype).contiguous(memory_format=memory_format(like))
+    # Not `contiguous`, which leaves the strides as they are where two formats are the same memory.
+    return out.to(like.dtype).clone(memory_format=memory_format(like))
 
 
 def class_conv(

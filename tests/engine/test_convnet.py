@@ -20,6 +20,11 @@ def compare(tools, net, counts, shape=(3, 8, 8), metric="row_cosine", kind="matr
     images, labels = tools.batch(counts, shape)
     everything = engine.weight_names(net, "all")
     found = engine.segment_gradients(net, images, labels, counts, path="fused", **options)
+    stored = engine.segment_gradients(
+        net, images, labels, counts, path="fused", recompute=False, **options
+    )
+    for a, b in zip(found, stored, strict=True):
+        assert (a - b).abs().max() <= BOUND * b.abs().max().clamp(min=1e-3)
     for name, ours, exact in zip(
         everything,
         found,
@@ -142,7 +147,7 @@ def test_directional_derivative_by_finite_differences(engine_tools) -> None:
     torch.testing.assert_close((gradient * direction).sum(), slope, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize("algorithm", ["direct", "auto"])
+@pytest.mark.parametrize("algorithm", ["direct", "winograd", "auto"])
 @pytest.mark.parametrize("seed", range(3))
 def test_float32_per_image(engine_tools, seed, algorithm) -> None:
     """Median error below 1e-5; few images above 1e-4, those where a ReLU input is almost zero."""

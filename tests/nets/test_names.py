@@ -99,7 +99,7 @@ def test_the_order_of_suffixes_does_not_matter(
         ("ResNet18BNAP", "did you mean 'ResNet18BN_AP'. Known: ConvNet, MLP, LeNet"),
         ("resnet18", "did you mean 'ResNet18'"),
         ("Convnet", "did you mean 'ConvNet'"),
-        ("LeNet5", "did you mean 'LeNet'.* ResNet18BN_AP, where ConvNet takes suffixes: D<depth>"),
+        ("LeNet5", "did you mean 'LeNet'.* ResNetAP18, where ConvNet takes suffixes: D<depth>"),
         ("", "unknown network ''"),
     ],
 )
@@ -116,7 +116,7 @@ def test_every_listed_name_builds_and_is_described() -> None:
         net = build(name, 1, 2, 32)
         sizes.add((name, type(net).__name__, sum(p.numel() for p in net.parameters())))
         assert net(torch.ones(2, 1, 32, 32)).shape == (2, 2)
-    assert len(sizes) == len(names()) == 11
+    assert len(sizes) == len(names()) == 14
 
 
 def test_depth_does_not_follow_the_size() -> None:
@@ -140,6 +140,7 @@ def test_depth_does_not_follow_the_size() -> None:
         ("VGG11", 3, 28, r"at least 32 pixels \(or 28x28 with one channel\)"),
         ("VGG11BN", 1, (28, 27), "VGG11 .* 28x27"),
         ("ResNet18", 1, 1, "at least 2"),
+        ("ResNetAP10", 3, (64, 1), "ResNetAP .* 64x1: .* at least 2"),
     ],
 )
 def test_images_too_small(
@@ -162,6 +163,7 @@ def test_images_too_small(
         ("VGG11", 1, 28),
         ("ResNet18", 3, 2),
         ("ResNet18_AP", 3, 2),
+        ("ResNetAP10", 3, 2),
     ],
 )
 def test_images_just_large_enough(name: str, channels: int, size: int) -> None:

@@ -191,7 +191,13 @@ def test_with_batchnorm_it_does_in_training_only() -> None:
 
 def test_has_batchnorm() -> None:
     with_batchnorm = {name for name in names() if has_batchnorm(build(name, 3, 2, 32))}
-    assert with_batchnorm == {"AlexNetBN", "VGG11BN", "ResNet18BN", "ResNet18BN_AP"}
+    assert with_batchnorm == {
+        "AlexNetBN",
+        "VGG11BN",
+        "ResNet18BN",
+        "ResNet18BN_AP",
+        "ResNetAP10BN",
+    }
     assert has_batchnorm(build("ConvNetASwishBN", 3, 2, 32))
     assert not has_batchnorm(build("ConvNetLN", 3, 2, 32))
 

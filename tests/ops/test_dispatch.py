@@ -23,6 +23,8 @@ def caught(self, name, function, key="", **options):
 
 torch.library.Library.impl = caught
 import ddfast
+import ddfast.ops.class_weight_grad
+import ddfast.ops.first_block
 import ddfast.ops.multi_formation
 from ddfast import backend
 from ddfast.testing import flatten
@@ -35,6 +37,9 @@ backend.triton_kernels = lambda module: (asked.append(module), find(module))[1]
 syn, real = ([torch.linspace(-1, top, 12).reshape(3, 4)] for top in (1, 2))
 grad, images = torch.ones(1), torch.linspace(-1, 1, 150).reshape(2, 3, 5, 5)
 draw = torch.tensor([[1.0, 1.0, 1.0, 0.0]], dtype=torch.float64)  # crop
+weight, by_out = torch.linspace(-1, 1, 108).reshape(2, 2, 3, 3, 3), images[:, :2]
+pooled, block = torch.linspace(-1, 1, 24).reshape(2, 3, 2, 2), ("relu", "average")
+statistics = torch.zeros(2, 3), torch.ones(2, 3)
 common = (syn, real, "row_cosine", 1e-6, False)
 calls = {
     "gradient_distance": (*common, True),
@@ -44,17 +49,33 @@ calls = {
     "class_mean_distance": (syn[0], real[0], [2, 1], [1, 2]),
     "augment": (images, draw, False, True),
     "augment_adjoint": (images, draw, False),
+    "class_conv": (images, weight, [1, 1], 1, "auto"),
+    "class_input_grad": (by_out, weight, [1, 1], [5, 5], 1, "auto"),
+    "class_weight_grad": (images, by_out, [1, 1], [3, 3], 1, "auto"),
     "multi_formation": (images, 2, "crop", 0.5),
     "multi_formation_adjoint": (images.repeat(2, 1, 1, 1), 2, "image"),
+    "norm_relu_pool": (images, None, None, 3, 1e-5, *block),
+    "norm_relu_pool_bwd": (pooled, images, None, None, *statistics, 3, *block),
+    "norm_relu_pool_tangent": (images, images.cos(), *(None,) * 4, *statistics, 3, *block),
+    "norm_relu_pool_tangent_bwd": (
+        pooled, None, images, images.cos(), *(None,) * 4, *statistics, 3, *block
+    ),
 }
-for name, arguments in calls.items():
+blocks = {  # made of the operators above on CUDA
+    "first_block": (images, weight[0], None, None, None, 1, 2, 1e-5, *block),
+    "first_block_bwd": (
+        pooled[:, :2], images, weight[0], None, None, None,
+        statistics[0][:, :2], statistics[1][:, :2], [1, 1], 1, 2, *block
+    ),
+}
+for name, arguments in (calls | blocks).items():
     on_cuda, on_cpu = (flatten(registered[name, key](*arguments)) for key in ("CUDA", "CPU"))
     torch.testing.assert_close(on_cuda, on_cpu, rtol=1e-5, atol=1e-6)
-assert len(asked) == len(calls), asked
+assert len(asked) == len(calls) + len(blocks), asked
 with ddfast.use_backend("reference"):
     registered["augment", "CUDA"](*calls["augment"])
-assert len(asked) == len(calls), "the reference was forced, yet Triton was asked"
-rest = {name for name, key in registered if key == "CUDA"} - set(calls)
+assert len(asked) == len(calls) + len(blocks), "the reference was forced, yet Triton was asked"
+rest = {name for name, key in registered if key == "CUDA"} - set(calls) - set(blocks)
 print(sorted(rest))
 """
 

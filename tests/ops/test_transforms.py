@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch.autograd import forward_ad
 
-from ddfast import augment, losses
+from ddfast import augment, layers, losses
+from ddfast.ops import class_weight_grad as convolutions
 from ddfast.reference import gradient_distance as reference
 from ddfast.synthetic import multi_formation
 
@@ -19,6 +20,18 @@ FUNCTIONS = {
     "augment": lambda x: augment.apply(x[None], DRAW),
     "multi_formation": lambda x: multi_formation.decode(x[None], torch.zeros(1), 2)[0],
 }
+# Operators that only the engine calls; no public function refuses torch.func before them.
+WEIGHT = OTHER[:1, :2]  # of a linear layer
+OPERATORS = {
+    "class_conv": lambda x: convolutions.class_conv(x[:, 0], WEIGHT, [2], 0, "auto"),
+    "class_input_grad": lambda x: convolutions.class_input_grad(
+        x[:, 0], WEIGHT.mT, [2], [], 0, "auto"
+    ),
+    "class_weight_grad": lambda x: convolutions.class_weight_grad(
+        x[:, 0], x[:, 1], [2], [], 0, "auto"
+    ),
+    "norm_relu_pool": lambda x: layers.norm_relu_pool(x[None], groups=2),
+}
 
 
 @pytest.fixture
@@ -26,14 +39,15 @@ def x():
     return OTHER.cos()
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", [*FUNCTIONS, *OPERATORS])
 @pytest.mark.parametrize("requires_grad", [False, True])
 def test_dual_numbers(name, requires_grad, x):
+    f = {**FUNCTIONS, **OPERATORS}[name]
     with forward_ad.dual_level():
-        FUNCTIONS[name](x)  # without a tangent there is nothing to lose
+        f(x)  # without a tangent there is nothing to lose
         dual = forward_ad.make_dual(x.requires_grad_(requires_grad), OTHER)
         with pytest.raises(NotImplementedError):
-            FUNCTIONS[name](dual)
+            f(dual)
 
 
 @pytest.mark.parametrize("name", FUNCTIONS)
