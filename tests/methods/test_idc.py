@@ -228,7 +228,7 @@ def test_three_sweeps_with_a_constant_gradient(make_dataset, make_run) -> None:
 
 
 def test_images_are_clamped_once_an_iteration(make_dataset, make_run, monkeypatch) -> None:
-    run = make_run("idc", make_dataset([7, 4, 9]), **SETTINGS | {"n_data": 0})
+    run = make_run("idc", make_dataset([7, 4, 9]), **SETTINGS)
     with torch.no_grad():
         run.images.copy_(torch.linspace(-1, 2, run.images.numel()).view_as(run.images))
     ranges = []
@@ -238,7 +238,11 @@ def test_images_are_clamped_once_an_iteration(make_dataset, make_run, monkeypatc
         return torch.full_like(run.images, 10.0), torch.zeros(3, dtype=torch.float64)
 
     monkeypatch.setattr(idc, "match", match)
+    monkeypatch.setattr(idc, "train", lambda *_: ranges.append(None))
     go(run, 2)
+    # The network is trained between the image updates and not after the last one.
+    assert [place for place, found in enumerate(ranges) if found is None] == [1, 3, 6, 8]
+    ranges = [found for found in ranges if found]
     assert ranges[0] == (0, 1) and ranges[3] == (0, 0)
     assert ranges[1] == (-0.5, 0.5) and ranges[2][0] == -1.25
 
