@@ -146,6 +146,7 @@ setup(
         *(f"ddfast.kernels.{name}" for name in find_packages("kernels")),
     ],
     package_dir={"ddfast": "ddfast", "ddfast.kernels": "kernels"},
+    package_data={"ddfast.methods": ["figures.csv"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": NinjaBuild},
 )

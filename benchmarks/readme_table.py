@@ -1,7 +1,7 @@
-"""Writes the benchmark table of README.md from benchmarks/results/*.csv, slower rows included.
+"""Writes README.md's tables of accuracies and benchmarks, and all benchmark rows to RESULTS.md.
 
 python benchmarks/readme_table.py          # rewrite the part between the two markers
-python benchmarks/readme_table.py --check  # exit 1 if README.md is not what the CSV says
+python benchmarks/readme_table.py --check  # exit 1 if they are not what the CSVs say
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+BENCHMARKS, ACCURACIES = "benchmarks", "accuracies"
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
@@ -66,19 +66,63 @@ def markdown(table: list[dict[str, str]]) -> str:
     return "\n".join(parts)
 
 
-def updated(readme: str, table: str) -> str:
+def summary(table: list[dict[str, str]]) -> str:
+    """Each case once: the baseline and ddfast's first provider."""
+    lines = [
+        "| operator | case | eager, ms | ddfast, ms | times eager's speed (quartiles) |\n"
+        "|---|---|--:|--:|--:|"
+    ]
+    cases: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for r in table:
+        cases.setdefault((r["operator"], r["case"], r["mode"], r["threads"]), []).append(r)
+    for (operator, case, mode, _), found in cases.items():
+        eager = next((r for r in found if r["provider"] == "eager"), found[0])
+        ours = next((r for r in found if r["provider"].startswith("ddfast")), None)
+        if ours is None or "yes" not in ours["verified"] or "yes" not in eager["verified"]:
+            continue
+        ratio, low, high = (number(ours[f"ratio_{x}"]) for x in ("to_eager", "low", "high"))
+        times = f"{number(eager['median_ms'])} | {number(ours['median_ms'])}"
+        lines.append(f"| {operator} | {case}; {mode} | {times} | {ratio} ({low} to {high}) |")
+    return "\n".join(lines) + "\n"
+
+
+def accuracies(file: Path) -> str:
+    """One row for each method, data set and ipc, in the methods' order."""
+    with file.open(newline="", encoding="utf-8") as text:
+        found = list(csv.DictReader(text))
+    methods = list(dict.fromkeys(r["method"] for r in found))
+    lines = [
+        "| data | ipc | method | protocol | random selection | distilled | full data | iterations "
+        "| seconds |\n|---|--:|---|---|--:|--:|--:|--:|--:|"
+    ]
+    order = ("digits", "generated")
+    for r in sorted(
+        found,
+        key=lambda r: (order.index(r["dataset"]), int(r["ipc"]), methods.index(r["method"])),
+    ):
+        name = r["method"].upper().replace("_", "-")
+        cells = [r["dataset"], r["ipc"], name, f"`{r['protocol']}`", r["random"], r["distilled"]]
+        lines.append("| " + " | ".join([*cells, r["full"], r["iterations"], r["seconds"]]) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def updated(readme: str, name: str, table: str) -> str:
     """README.md with the part between the markers replaced."""
-    head, rest = readme.split(BEGIN)
-    return head + BEGIN + "\n" + table + "\n" + END + rest.split(END)[1]
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    head, rest = readme.split(begin)
+    return head + begin + "\n" + table + "\n" + end + rest.split(end)[1]
 
 
 def main() -> int:
-    path = ROOT / "README.md"
-    before = path.read_text()
-    after = updated(before, markdown(rows(ROOT / "benchmarks" / "results")))
+    table = rows(ROOT / "benchmarks" / "results")
+    readme, results = ROOT / "README.md", ROOT / "benchmarks" / "RESULTS.md"
+    text = updated(readme.read_text(), BENCHMARKS, summary(table))
+    text = updated(text, ACCURACIES, accuracies(ROOT / "ddfast" / "methods" / "figures.csv"))
+    wanted = {readme: text, results: f"# Every provider of every benchmark\n\n{markdown(table)}"}
     if "--check" in sys.argv[1:]:
-        return int(after != before)
-    path.write_text(after)
+        return int(any(not p.exists() or p.read_text() != t for p, t in wanted.items()))
+    for path, content in wanted.items():
+        path.write_text(content)
     return 0
 
 

@@ -388,15 +388,21 @@ def _show(words: list[str]) -> None:
 
 
 def _methods(words: list[str]) -> None:
-    """List the methods: paper, what it matches, status."""
+    """List the methods: paper, what it matches, status, measured accuracies."""
     _Parser("ddfast methods", _first_line(_methods)).parse_args(words)
 
-    from ddfast.methods import methods
+    from ddfast.methods import figures, methods
 
     for method in methods().values():
         print(f"{method.name:6}{method.title}")
         print(f"{'':6}matches {method.matches}")
         print(f"{'':6}{method.status}")
+        for row in figures(method.name):
+            print(
+                f"{'':6}{row['dataset']}, ipc {row['ipc']}: {row['distilled']} % "
+                f"(random selection {row['random']}, full data {row['full']}; "
+                f"{row['iterations']} iterations, {row['seconds']} s on one core)"
+            )
 
 
 COMMANDS: dict[str, Callable[[list[str]], None]] = {

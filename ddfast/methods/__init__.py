@@ -8,9 +8,11 @@ loss of each class. Everything else (data, checkpoints, logging, evaluation) is 
 
 from __future__ import annotations
 
+import csv
 import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -85,6 +87,19 @@ def find(name: str) -> Method:
     raise ValueError(f"method: got {name!r}{hint}, expected one of {', '.join(known)}")
 
 
+def figures(name: str) -> list[dict[str, str]]:
+    """Test accuracies measured with a method; `benchmarks/accuracy.py` of the source makes them.
+
+    Returns:
+        One row for each data set and ipc: dataset, ipc, model, iterations, protocol; random,
+        distilled and full, "mean ± standard deviation" in percent; seconds of distillation on so
+        many threads.
+    """
+    file = Path(__file__).with_name("figures.csv")
+    with file.open(newline="", encoding="utf-8") as text:
+        return [row for row in csv.DictReader(text) if row["method"] == name]
+
+
 __all__ = [
     "Config",
     "Diverged",
@@ -92,6 +107,7 @@ __all__ = [
     "Method",
     "Run",
     "as_json",
+    "figures",
     "find",
     "methods",
     "resolve",
