@@ -16,7 +16,7 @@ namespace {
 
 // --- the four operators on a tile ---------------------------------------------------------------
 
-template <int activation, int pool, typename T> void forward(tile<T> &t) {
+template <int activation, int pool, typename T> void forward(tile<T> &t) noexcept {
   take_affine(t);
   if (t.arguments->groups) {
     statistics(t);
@@ -38,7 +38,7 @@ template <int activation, int pool, typename T> void forward(tile<T> &t) {
   });
 }
 
-template <int activation, int pool, typename T> void backward(tile<T> &t) {
+template <int activation, int pool, typename T> void backward(tile<T> &t) noexcept {
   using V = vector<T>;
   take_all(t);
   cell<activation, pool, T> cell(t);
@@ -108,7 +108,7 @@ template <typename T> void prepare_tangent(tile<T> &t) {
     t[factor_d][c] = t[weight_tangent][c] * t[rstd][c] - t[weight][c] * t[factor_c][c];
 }
 
-template <int activation, int pool, typename T> void tangent(tile<T> &t) {
+template <int activation, int pool, typename T> void tangent(tile<T> &t) noexcept {
   using V = vector<T>;
   prepare_tangent(t);
   moved_cell<activation, pool, T> cell(t);
@@ -129,7 +129,7 @@ template <int activation, int pool, typename T> void tangent(tile<T> &t) {
   });
 }
 
-template <int activation, int pool, typename T> void tangent_backward(tile<T> &t) {
+template <int activation, int pool, typename T> void tangent_backward(tile<T> &t) noexcept {
   using V = vector<T>;
   prepare_tangent(t);
   moved_cell<activation, pool, T> cell(t);
@@ -212,7 +212,7 @@ template <int activation, int pool, typename T> void tangent_backward(tile<T> &t
 
 // --- tiles over images and channels -------------------------------------------------------------
 
-template <typename T> using operation = void (*)(tile<T> &);
+template <typename T> using operation = void (*)(tile<T> &) noexcept;
 
 // How the channels of an image are divided into tiles.
 struct division {
