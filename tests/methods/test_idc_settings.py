@@ -65,7 +65,7 @@ def test_imagenet(named, classes, ipc, settings) -> None:
     dataset = named("imagenette", 224, 3, classes)
     config = resolved(dataset, ipc=ipc)
     expected = {"factor": 3, "metric": "l1", "n_data": 500, "iterations": 500, "cutmix": 1.0}
-    expected |= {"batch_real": 64, "aug_type": "color_crop_cutout"}
+    expected |= {"batch_real": 64, "aug_type": "color_crop_cutout", "model": "ResNetAP10"}
     for name, value in {**expected, **settings}.items():
         found = getattr(config, name)
         assert found == (pytest.approx(value) if isinstance(value, float) else value), name
