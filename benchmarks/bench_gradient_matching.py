@@ -2,7 +2,6 @@
 
     python benchmarks/bench_gradient_matching.py --out benchmarks/results/gradient_matching.csv
     python benchmarks/bench_gradient_matching.py --tuned_allocator   # glibc's malloc tuned
-    python benchmarks/bench_gradient_matching.py --peak              # memory of each provider
 
 The baseline "eager" does what the official scripts do: a Python loop over classes, `create_graph`,
 the distance layer by layer, one `loss.backward()` that reaches the network's weights as well. With
@@ -19,101 +18,26 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import os
-import resource
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).parent))
 import bench_augment
-from bench_gradient_distance import eager as distance_of_class
 from harness import Case, compiled, run
+from matching_task import Task, class_loop
 
-from ddfast import engine, losses, nets
+from ddfast import engine
 from ddfast.augment import DSA
 
 THRESHOLDS = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
 STRATEGY = "color_crop_cutout_flip_scale_rotate"
-
-SIZES = {  # image side, network, real images per class
-    "full": (32, "ConvNet", 256),
-    "s16": (16, "ConvNetW64", 64),
-    "s8": (8, "ConvNetW64", 64),
-    "64x64": (64, "ConvNetD4", 256),
-}
-
-
-class Task:
-    """Images, a network twice (ddfast's, and plain torch modules with its weights), gradients."""
-
-    def __init__(self, size: str, classes: int, ipc: int, device: str = "cpu") -> None:
-        random = torch.Generator().manual_seed(0)
-        side, name, self.batch = SIZES[size]
-        self.classes, self.ipc, self.size = classes, ipc, (side, side)
-        self.net = nets.build(name, 3, classes, side, random).to(device)
-        layers = [*self.net.features.children(), nn.Flatten(), self.net.classifier]
-        self.plain = nn.Sequential(*layers)
-        self.names = engine.weight_names(self.net)
-        self.real = torch.randn(self.batch, 3, side, side, generator=random).to(device)
-        shape = (classes * ipc, 3, side, side)
-        self.syn = torch.randn(shape, generator=random).to(device).requires_grad_()
-        self.real_labels = torch.arange(classes, device=device).repeat_interleave(self.batch)
-        self.labels = torch.arange(classes, device=device).repeat_interleave(ipc)
-        self.device = device
-
-    def reals(self) -> list[Tensor]:
-        """Each class's real images: the same, shifted, so that little memory holds many classes."""
-        return [self.real.roll(c, 3) for c in range(self.classes)]
-
-    @functools.cached_property
-    def targets(self) -> list[Tensor]:
-        """Real gradients of every class, (classes, *shape)."""
-        x = torch.cat(self.reals())
-        counts = [self.batch] * self.classes
-        return engine.segment_gradients(self.net, x, self.real_labels, counts, self.names)
-
-    @functools.cached_property
-    def exact(self) -> tuple[Tensor, Tensor]:
-        """Losses and image gradient in float64, by autograd."""
-        wide = [g.double() for g in self.targets]
-        return engine.match_gradients(
-            *(self.net.double(), self.syn.detach().double(), self.labels),
-            *([self.ipc] * self.classes, wide, self.names),
-            path="general",
-        )
-
-    # --- the official scripts' way --------------------------------------------------------------
-
-    def eager_real(self, x: Tensor, c: int) -> list[Tensor]:
-        labels = torch.full((len(x),), c, device=self.device)
-        loss = cross_entropy(self.plain(x), labels)
-        grads = torch.autograd.grad(loss, list(self.plain.parameters()))
-        return [g.detach().clone() for g in grads]
-
-    def eager_syn(self, s: Tensor, c: int, real: list[Tensor]) -> Tensor:
-        labels = torch.full((len(s),), c, device=self.device)
-        loss = cross_entropy(self.plain(s), labels)
-        grads = torch.autograd.grad(loss, list(self.plain.parameters()), create_graph=True)
-        return distance_of_class(list(grads), real)
-
-    def eager_backward(self, loss: Tensor) -> tuple[Tensor, Tensor]:
-        self.syn.grad = None
-        loss.backward()  # reaches the weights too, as the official scripts do
-        for p in self.plain.parameters():
-            p.grad = None
-        assert self.syn.grad is not None
-        return loss.detach(), self.syn.grad
-
-    def of_class(self, c: int) -> Tensor:
-        return self.syn[c * self.ipc : (c + 1) * self.ipc]
 
 
 def judged(result: object, exact: object) -> float:
@@ -131,7 +55,7 @@ def judged_classes(result: object, exact: object, tensors: int) -> float:
     """Median over classes of the relative error of a class's gradient; 1 if one is beyond 5 %."""
     errors = []
     for at in range(0, len(exact), tensors):  # type: ignore[arg-type]
-        a = torch.cat([t.double().flatten() for t in result[at : at + tensors]])  # type: ignore[index]
+        a = torch.cat([t.detach().double().flatten() for t in result[at : at + tensors]])  # type: ignore[index]
         b = torch.cat([t.flatten() for t in exact[at : at + tensors]])  # type: ignore[index]
         errors.append(float((a - b).norm() / b.norm()))
     return 1.0 if max(errors) > 0.05 else statistics.median(errors)
@@ -295,21 +219,6 @@ def synthetic_side(size: str, classes: int, ipc: int, options: argparse.Namespac
     )
 
 
-def class_loop(task: Task, targets: list[list[Tensor]]) -> tuple[Tensor, Tensor]:
-    """A user's own loop over classes with the drop-in loss, gradients to the images only."""
-    parameters = [p for p in task.plain.parameters() if p.dim() > 1]
-    by_images, total = [], torch.zeros((), device=task.device)
-    for c, target in enumerate(targets):
-        s = task.of_class(c).detach().requires_grad_()
-        labels = torch.full((len(s),), c, device=task.device)
-        loss = cross_entropy(task.plain(s), labels)
-        grads = torch.autograd.grad(loss, parameters, create_graph=True)
-        value = losses.gradient_distance(grads, [t for t in target if t.dim() > 1])
-        by_images.append(torch.autograd.grad(value, s)[0])
-        total = total + value.detach()
-    return total, torch.cat(by_images)
-
-
 def outer_iteration(
     size: str, ipc: int, augmented: bool, options: argparse.Namespace, classes: int = 10
 ) -> Case:
@@ -397,72 +306,8 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
         yield synthetic_side("s16", 100, 1, options)
 
 
-# --- peak memory, one process a provider --------------------------------------------------------
-
-
-def one_iteration_at_1000_classes() -> None:
-    """1000 classes at 64x64, 256 real images each, one group of classes after the other."""
-    task = Task("64x64", 1000, 1)
-    for first in range(0, 1000, 8):
-        few = range(first, min(first + 8, 1000))
-        x = torch.cat([task.real.roll(c, 3) for c in few])
-        labels = torch.tensor(few).repeat_interleave(task.batch)
-        real = engine.segment_gradients(
-            task.net, x, labels, [task.batch] * len(few), task.names, "2GiB"
-        )
-        engine.match_gradients(
-            task.net,
-            task.syn.detach()[few.start : few.stop],
-            torch.tensor(few),
-            [1] * len(few),
-            real,
-            task.names,
-            memory="2GiB",
-        )
-
-
-def synthetic_side_only(path: str) -> None:
-    task = Task("full", 100, 50)
-    shape = dict(task.net.named_parameters())
-    random = torch.Generator().manual_seed(1)
-    real = [torch.randn(100, *shape[n].shape, generator=random) for n in task.names]
-    begin = peak()
-    if path == "eager":
-        rows = [dict(zip(task.names, (g[c] for g in real), strict=True)) for c in range(100)]
-        loss = torch.zeros(())
-        for c, row in enumerate(rows):
-            target = [row.get(n, torch.zeros_like(p)) for n, p in shape.items()]
-            loss = loss + task.eager_syn(task.of_class(c), c, target)
-        task.eager_backward(loss)
-    else:
-        counts = [task.ipc] * 100
-        engine.match_gradients(task.net, task.syn.detach(), task.labels, counts, real, task.names)
-    print(json.dumps({"before": begin}))
-
-
-def peak() -> int:
-    """Largest resident size so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-PEAKS: dict[str, Callable[[], None]] = {
-    "synthetic side full, 100 classes, ipc 50: eager": lambda: synthetic_side_only("eager"),
-    "synthetic side full, 100 classes, ipc 50: ddfast": lambda: synthetic_side_only("ddfast"),
-    "outer iteration 64x64, 1000 classes, ipc 1: ddfast": one_iteration_at_1000_classes,
-}
-
-
 def main() -> None:
-    if "--peak_of" in sys.argv:
-        torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
-        PEAKS[sys.argv[-1]]()
-        print(json.dumps({"peak": peak()}))
-    elif "--peak" in sys.argv:
-        for name in PEAKS:
-            command = [sys.executable, __file__, "--peak_of", name]
-            done = subprocess.run(command, capture_output=True, text=True)
-            print(name, done.stdout.split("\n") or done.stderr[-300:], f"exit {done.returncode}")
-    elif "--tuned_allocator" in sys.argv:
+    if "--tuned_allocator" in sys.argv:
         rest = [a for a in sys.argv[1:] if a != "--tuned_allocator"]
         os.execve(sys.executable, [sys.executable, __file__, *rest], os.environ | THRESHOLDS)
     else:
