@@ -38,7 +38,9 @@ BUDGET: dict[tuple[str, bool], dict[str, Any]] = {
     ("dc", True): {"iterations": 100},
     ("dsa", True): {"iterations": 100},
     ("dcc", True): {"iterations": 100},
+    ("dcc", False): {"iterations": 200},  # the default for digits
     ("dsac", True): {"iterations": 100},
+    ("dsac", False): {"iterations": 200},
 }
 
 

@@ -158,7 +158,7 @@ def test_infinity_stays_in_its_class_and_channel(kernels, triton_device):
 
 
 def test_empty_sizes(kernels, triton_device):
-    for images, inputs, outputs, counts in ((0, 2, 3, [0, 0]), (0, 2, 3, []), (2, 0, 3, [1, 1])):
+    for images, inputs, outputs, counts in ((0, 2, 3, [0, 0]), (0, 2, 3, [])):
         x, grad = pair(images, inputs, outputs, CONVOLUTIONS[0], torch.float32, triton_device)
         ours = kernels.class_weight_grad(x, grad, counts, (3, 3), 1)
         assert_same_bits(ours, torch.zeros(len(counts), outputs, inputs, 3, 3, device=x.device))

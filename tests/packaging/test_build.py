@@ -88,7 +88,8 @@ def use_installed(wheel: Path, folder: Path) -> list[str]:
 def expected_files(source: Path) -> set[str]:
     package = {str(p.relative_to(source)) for p in (source / "ddfast").rglob("*.py")}
     kernels = {f"ddfast/kernels/{p.name}" for p in (source / "kernels").glob("*.py")}
-    return package | kernels | {"ddfast/py.typed", "ddfast/_C.pyi"}
+    data = {"ddfast/py.typed", "ddfast/_C.pyi", "ddfast/methods/figures.csv"}
+    return package | kernels | data
 
 
 @pytest.fixture(scope="module")
