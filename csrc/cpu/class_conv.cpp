@@ -18,11 +18,11 @@ template <typename T> void run(const class_conv_arguments &x) {
 
 }  // namespace
 
-int64_t class_conv_scratch(const class_conv_arguments &x) noexcept {
+int64_t class_conv_scratch(const class_conv_arguments &x) {
   return x.type == float64 ? scratch_of<double>(x) : scratch_of<float>(x);
 }
 
-void class_conv(const class_conv_arguments &x) noexcept { x.type == float64 ? run<double>(x) : run<float>(x); }
+void class_conv(const class_conv_arguments &x) { x.type == float64 ? run<double>(x) : run<float>(x); }
 
 }  // namespace DDFAST_LEVEL
 }  // namespace ddfast

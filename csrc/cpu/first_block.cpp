@@ -10,10 +10,10 @@
 namespace ddfast {
 namespace DDFAST_LEVEL {
 
-int64_t class_conv_scratch(const class_conv_arguments &) noexcept;
-void class_conv(const class_conv_arguments &) noexcept;
-void norm_relu_pool(const norm_relu_pool_arguments &) noexcept;
-void norm_relu_pool_bwd(const norm_relu_pool_arguments &) noexcept;
+int64_t class_conv_scratch(const class_conv_arguments &);
+void class_conv(const class_conv_arguments &);
+void norm_relu_pool(const norm_relu_pool_arguments &);
+void norm_relu_pool_bwd(const norm_relu_pool_arguments &);
 
 namespace {
 

@@ -355,8 +355,8 @@ template <typename T> void run(const norm_relu_pool_arguments &x, operation<T> o
 
 }  // namespace
 
-void norm_relu_pool(const norm_relu_pool_arguments &x) noexcept { DDFAST_RUN(forward, x, true) }
-void norm_relu_pool_bwd(const norm_relu_pool_arguments &x) noexcept { DDFAST_RUN(backward, x, false) }
+void norm_relu_pool(const norm_relu_pool_arguments &x) { DDFAST_RUN(forward, x, true) }
+void norm_relu_pool_bwd(const norm_relu_pool_arguments &x) { DDFAST_RUN(backward, x, false) }
 void norm_relu_pool_tangent(const norm_relu_pool_arguments &x) { DDFAST_RUN(tangent, x, true) }
 void norm_relu_pool_tangent_bwd(const norm_relu_pool_arguments &x) { DDFAST_RUN(tangent_backward, x, false) }
 

@@ -64,6 +64,7 @@ def test_a_level_exports_only_its_own_names(kernel, level, tmp_path):
         "-std=c++17",
         "-O2",
         "-fopenmp",
+        "-fno-exceptions",  # as setup.py
         f"-march=x86-64-{level}",
         f"-DDDFAST_LEVEL=x86_64_{level}",
     ]
