@@ -95,6 +95,17 @@ def test_digits(named) -> None:
         assert config.lr_img == idc.DIGITS_LR
 
 
+def test_networks_see_a_small_data_set_at_most_four_times(named, make_dataset) -> None:
+    """One batch where that is less; the published values for the published sets."""
+    digits = named("digits", 8, 1)
+    assert resolved(digits, ipc=1).n_data == 64
+    hundred = make_dataset([50, 50], channels=1)
+    assert resolved(hundred, ipc=1, inner_loop=1).n_data == 400
+    assert resolved(hundred, ipc=1, inner_loop=4).n_data == 100
+    assert resolved(digits, ipc=1, n_data=500).n_data == 500
+    assert resolved(named("MNIST", 28, 1), ipc=1).n_data == 500
+
+
 def test_iterations_follow_the_image_updates_of_each(named) -> None:
     assert resolved(named("CIFAR10", 32, 3), ipc=1, inner_loop=50).iterations == 4000
     assert resolved(named("CIFAR10", 32, 3), ipc=1, inner_loop=50, iterations=7).iterations == 7
