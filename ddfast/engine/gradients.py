@@ -174,27 +174,32 @@ def segment_gradients(
     parameters = dict(net.named_parameters())
     out = [parameters[name].new_empty((len(counts), *parameters[name].shape)) for name in names]
     written = 0  # segments before this one have been begun
-    for piece in pieces(counts, p.first) if len(images) else ():
-        found, _ = fused.forward_backward(
-            p.chain,
-            images[piece.images],
-            labels[piece.images],
-            share[piece.images],
-            piece.counts,
-            names,
-            algorithm,
-            keep=False,
-            recompute=again,
-        )
-        begun = piece.first < written  # only its first segment can have images in earlier pieces
-        fresh = piece.first + begun
-        for name, total in zip(names, out, strict=True):
-            part = found[name]
-            if begun:
-                total[piece.first] += part[0]
-            total[written:fresh] = 0
-            total[fresh : piece.segments.stop] = part[begun:]
-        written = max(written, piece.segments.stop)
+    # Below autograd's dispatch, which costs more than the smallest of these operators; what is
+    # returned was made outside and is an ordinary tensor.
+    with torch.inference_mode():
+        for piece in pieces(counts, p.first) if len(images) else ():
+            found, _ = fused.forward_backward(
+                p.chain,
+                images[piece.images],
+                labels[piece.images],
+                share[piece.images],
+                piece.counts,
+                names,
+                algorithm,
+                keep=False,
+                recompute=again,
+            )
+            begun = (
+                piece.first < written
+            )  # only its first segment can have images in earlier pieces
+            fresh = piece.first + begun
+            for name, total in zip(names, out, strict=True):
+                part = found[name]
+                if begun:
+                    total[piece.first] += part[0]
+                total[written:fresh] = 0
+                total[fresh : piece.segments.stop] = part[begun:]
+            written = max(written, piece.segments.stop)
     for total in out:
         total[written:] = 0
     return out
@@ -269,13 +274,14 @@ def match_gradients(
 
         if p.chain is None:
             return general.match(net, x, y, counts, factor, names, distance, p.second)
-        out = torch.empty_like(x)
-        losses = []
-        for group in groups(counts, p.together):
-            batch = x[group.images], y[group.images], factor[group.images]
-            by_images = out[group.images]
-            losses.append(_match_group(p, batch, group, names, distance, algorithm, by_images))
-        return torch.cat(losses), out
+        out, losses = torch.empty_like(x), x.new_empty(len(counts))
+        with torch.inference_mode():  # as in segment_gradients
+            for group in groups(counts, p.together):
+                batch = x[group.images], y[group.images], factor[group.images]
+                losses[group.segments] = _match_group(
+                    p, batch, group, names, distance, algorithm, out[group.images]
+                )
+        return losses, out
 
     inputs = [images, labels, share, *real]
     if graph:

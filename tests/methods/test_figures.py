@@ -1,0 +1,41 @@
+"""The measured accuracies that README and `ddfast methods` show keep what is claimed of them."""
+
+from __future__ import annotations
+
+import pytest
+
+from ddfast import methods
+from ddfast.cli import main
+
+ROWS = [(name, row) for name in methods.methods() for row in methods.figures(name)]
+
+
+def mean_and_deviation(text: str) -> tuple[float, float]:
+    mean, deviation = text.split(" ± ")
+    return float(mean), float(deviation)
+
+
+@pytest.mark.parametrize(("name", "row"), ROWS)
+def test_distilled_images_are_better_than_random_ones(name, row) -> None:
+    """At one image per class by more than either deviation, at ten at least as good."""
+    random, random_deviation = mean_and_deviation(row["random"])
+    distilled, deviation = mean_and_deviation(row["distilled"])
+    if row["ipc"] == "1":
+        assert distilled - random > max(random_deviation, deviation)
+    assert distilled >= random
+    assert mean_and_deviation(row["full"])[0] > distilled
+    assert row["protocol"] == methods.find(name).protocol
+    assert int(row["seconds"]) > 0 and int(row["iterations"]) > 0
+
+
+def test_every_method_has_a_row_for_each_data_set() -> None:
+    for name in methods.methods():
+        found = {(row["dataset"], row["ipc"]) for row in methods.figures(name)}
+        assert {("digits", "1"), ("generated", "1"), ("digits", "10")} <= found, name
+
+
+def test_the_command_shows_them(capsys) -> None:
+    main(["methods"])
+    shown = capsys.readouterr().out
+    for _, row in ROWS:
+        assert f"{row['dataset']}, ipc {row['ipc']}: {row['distilled']} %" in shown
