@@ -89,7 +89,10 @@ def test_other_data_sets_are_treated_as_their_kin(named, name, size, channels, k
 
 def test_digits(named) -> None:
     both = {method: resolved(named("digits", 8, 1), method, ipc=10) for method in (idc, idc_i)}
-    assert both[idc].cutmix == 0 and both[idc_i].cutmix == 0.5
+    assert both[idc].factor == 1 and both[idc].cutmix == both[idc_i].cutmix == 0.5
+    divided = resolved(named("digits", 8, 1), ipc=10, factor=2)
+    assert divided.factor == 2 and divided.cutmix == 0 and divided.aug_type == "color_crop"
+    assert resolved(named("own", 16, 3), ipc=10).factor == 2  # cells of 8 pixels
     for config in both.values():
         assert (config.metric, config.model, config.iterations) == ("l1", "ConvNetD2W32", 10)
         assert config.lr_img == idc.DIGITS_LR
