@@ -230,11 +230,14 @@ def run(cases: Callable[[argparse.Namespace], Iterable[Case]], description: str)
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--out", type=Path, help="append the rows to this CSV file")
     parser.add_argument("--quick", action="store_true", help="few rounds, small cases only")
+    parser.add_argument("--only", default="", help="cases whose name and mode contain this")
     parser.add_argument("--no_compile", action="store_true", help="leave torch.compile out")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rows: list[dict[str, object]] = []
     for case in cases(options):
+        if options.only not in f"{case.name}; {case.mode}":
+            continue
         if options.quick:
             case.rounds = min(case.rounds, 5)
         print(f"{case.operator}: {case.name}, {case.mode}", file=sys.stderr, flush=True)

@@ -65,9 +65,9 @@ MOST_EPOCHS = 4
 """Of network training per iteration with CIFAR: 100 times 2000 of 50000 images. MNIST: 0.8."""
 
 LEAST_CELL = 8
-"""Pixels. The smallest published cells have 14. On a split of the 8x8 digits' training images factor
-1 had 91.4 % at ipc 1 and factor 2 85.4 %; on the test images factor 2 had 83.8 ± 2.0 % (random
-selection 72.3 ± 8.0) and at ipc 10 89.0 ± 2.1 % (random selection 96.5 ± 1.1)."""
+"""Pixels. The smallest published cells have 14. On a split of the 8x8 digits' training images
+factor 1 had 91.4 % at ipc 1 and factor 2 85.4 %; on the test images factor 2 had 83.8 ± 2.0 %
+(random selection 72.3 ± 8.0) and at ipc 10 89.0 ± 2.1 % (random selection 96.5 ± 1.1)."""
 
 LARGE = 64
 """Pixels a side, beyond which an unknown data set is treated as ImageNet."""
