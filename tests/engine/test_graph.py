@@ -14,10 +14,9 @@ def test_a_replayed_step_equals_the_direct_one(engine_tools) -> None:
     counts = [3] * 10
     names = engine.weight_names(net)
     for seed in range(3):
-        nets.initialise(net, torch.Generator().manual_seed(seed))  # in place
+        nets.initialise(net, torch.Generator().manual_seed(seed))  # in place: replayed, not anew
         images, labels = engine_tools.batch(counts, (3, 16, 16), torch.float32, seed)
-        real = [g.cuda() for g in engine_tools.real_gradients(net.cpu(), names, 10, seed)]
-        net.cuda()
+        real = [g.cuda() for g in engine_tools.real_gradients(net, names, 10, seed)]
         arguments = (net, images.cuda(), labels.cuda(), counts, real)
         losses, gradient = engine.match_gradients(*arguments)
         again, replayed = engine.match_gradients(*arguments, graph=True)
