@@ -53,6 +53,8 @@ def dataset_of(name: str) -> data.Dataset:
 
 def settings_of(method: str, dataset: str, ipc: int) -> dict[str, Any]:
     found = {"ipc": ipc, "model": MODEL, **BUDGET.get((method, ipc > 1), {})}
+    if method == "dm" and dataset == "generated":
+        found["iterations"] = 500  # the digits' default
     if method in ("idc", "idc_i") and dataset == "generated":
         # The published lr_img belongs to a network four times as wide: chosen on a split of the
         # training images. 2000 networks of 100 updates each would take hours.
