@@ -100,10 +100,10 @@ def main() -> None:
     key = [str(row[name]) for name in COLUMNS[:3]]
     kept = []
     if FIGURES.exists():
-        with FIGURES.open(newline="") as file:
+        with FIGURES.open(newline="", encoding="utf-8") as file:
             kept = [r for r in csv.DictReader(file) if [r[name] for name in COLUMNS[:3]] != key]
-    with FIGURES.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
+    with FIGURES.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows([*kept, row])
 
