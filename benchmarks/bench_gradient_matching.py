@@ -9,11 +9,12 @@ its default thresholds glibc returns every large activation to the system and fa
 --tuned_allocator raises them, for all providers. "full": 3x32x32, ConvNet-3 of width 128, 256 real
 images per class; "s16": 3x16x16, width 64, 64 real; "s8": 3x8x8, width 64, 64 real.
 
-Real and synthetic images are random. A float32 gradient is judged image by image: a ReLU whose input
-rounds to the other side of zero moves all images of its class by up to some per cent, in any
+Real and synthetic images are random. A float32 gradient is judged image by image: a ReLU whose
+input rounds to the other side of zero moves all images of its class by up to some per cent, in any
 program. The error that is reported is the median over images (allowed: 1e-3, and 1e-2 for a whole
 iteration, in which the real gradients have such flips as well); more than a fifth of the images
-beyond 5 % are an error, too.
+beyond 5 % are an error, too. With DSA the providers draw parameters of their own, so that only the
+iteration without it is verified.
 """
 
 from __future__ import annotations
