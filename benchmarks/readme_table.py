@@ -52,13 +52,16 @@ def markdown(table: list[dict[str, str]]) -> str:
                     f"| {shown[0]} | {shown[1]} | {r['provider']} | {r['verified']} | | | |"
                 )
                 continue
-            ratio, low, high = (number(r[f"ratio_{x}"]) for x in ("to_eager", "low", "high"))
+            times = "–"  # where the baseline itself was wrong and not timed
+            if r["ratio_to_eager"]:
+                ratio, low, high = (number(r[f"ratio_{x}"]) for x in ("to_eager", "low", "high"))
+                times = f"{ratio} ({low} to {high})"
             share = f"{100 * float(r['share_of_copy']):.0f} %"
             cells = [
                 *shown,
                 r["provider"],
                 number(r["median_ms"]),
-                f"{ratio} ({low} to {high})",
+                times,
                 share,
             ]
             parts.append(f"| {' | '.join(cells)} | {number(r['first_call_ms'])} |")
