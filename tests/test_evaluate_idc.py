@@ -293,6 +293,7 @@ def test_from_the_command_line(tmp_path, capsys) -> None:
     """A run of IDC is evaluated by IDC's protocol, decoded, and shown as it is stored."""
     flags = ["--dataset", "generated", "--data_options", DATA, "--ipc", "2", "--threads", "1"]
     flags += ["--model", "ConvNetD1W4", "--iterations", "2", "--inner_loop", "2", "--n_data", "8"]
+    flags += ["--factor", "2"]  # cells of 4 pixels: not by default
     assert main(["distill", "idc", *flags, "--out", str(tmp_path), "--quiet"]) == 0
     artefact = load(tmp_path / "distilled.safetensors")
     assert (artefact.space, artefact.decoder["factor"], len(artefact.images)) == ("pixel", 2, 6)
