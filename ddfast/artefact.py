@@ -20,7 +20,7 @@ from ddfast._version import __version__
 from ddfast.data.dataset import check_labels
 from ddfast.data.files import whole_file
 from ddfast.data.normalisation import denormalise
-from ddfast.synthetic import check_decoder, decode
+from ddfast.synthetic import check_decoder, decode, labelled
 
 __all__ = ["FORMAT_VERSION", "SPACES", "Artefact", "load", "save"]
 
@@ -30,6 +30,7 @@ SPACES = ("normalised", "pixel")
 # All metadata live under one key: safetensors writes several in random order, and the same artefact
 # has to be the same bytes.
 KEY = "ddfast"
+DECODER = "decoder."  # before the names of its tensors
 RECIPE = ("space", "mean", "std", "class_names", "dataset", "method", "config", "seed", "versions")
 
 
@@ -45,7 +46,8 @@ class Artefact:
 
     Attributes:
         images: float32 `(N, channels, H, W)`, finite.
-        labels: int64 `(N,)` in `[0, num_classes)`.
+        labels: int64 `(N,)` in `[0, num_classes)`; with a decoder of shared bases, one for each
+            row of the coefficients.
         space: `"normalised"` for `(pixel / 255 - mean) / std` per channel, `"pixel"` for
             `pixel / 255`.
         mean, std: the constants of the data set it was made from, one number a channel.
@@ -58,6 +60,7 @@ class Artefact:
         lr: None, or the learning rate that was learned with the images, above 0.
         decoder: None, or how `decoded` makes the images to train on from those stored: plain
             values for `ddfast.synthetic.decode`.
+        decoder_tensors: float32, by name, what the decoder needs beside the images; finite.
         versions: of ddfast and torch.
 
     Raises:
@@ -79,6 +82,7 @@ class Artefact:
     soft_labels: Tensor | None = None
     lr: float | None = None
     decoder: Mapping[str, Any] | None = None
+    decoder_tensors: Mapping[str, Tensor] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=_versions)
 
     def __post_init__(self) -> None:
@@ -98,10 +102,9 @@ class Artefact:
             self._keep("decoder", _plain("decoder", self.decoder))
         _check_tensor("images", self.images, torch.float32, "(N, channels, H, W)", 4)
         check_labels(self.labels, self.num_classes, "labels")
-        if len(self.labels) != len(self.images):
-            raise ValueError(
-                f"images and labels differ in length: {len(self.images)} and {len(self.labels)}"
-            )
+        rows = self._rows()
+        if len(self.labels) != rows:
+            raise ValueError(f"images and labels differ in length: {rows} and {len(self.labels)}")
         for name in ("images", "labels"):
             self._keep(name, _own(getattr(self, name)))
         _check_statistics(self)
@@ -122,15 +125,32 @@ class Artefact:
             if not (math.isfinite(self.lr) and self.lr > 0):
                 raise ValueError(f"lr must be finite and above 0, got {self.lr}")
         if self.decoder is not None:
-            check_decoder(self.decoder, self.size)
+            check_decoder(self.decoder, (self.images.shape[2], self.images.shape[3]))
 
     def _keep(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
+
+    def _rows(self) -> int:
+        """How many labels there must be; keeps and checks the tensors of the decoder."""
+        kept = {}
+        for name, tensor in self.decoder_tensors.items():
+            if not isinstance(tensor, Tensor) or tensor.dtype != torch.float32:
+                raise TypeError(f"decoder_tensors: {name} must be a float32 tensor")
+            if not torch.isfinite(tensor).all():
+                raise ValueError(f"decoder_tensors: {name} has values that are not finite")
+            kept[name] = _own(tensor)
+        self._keep("decoder_tensors", kept)
+        rows = labelled(self.decoder)
+        if rows != "images" and rows not in kept:
+            raise ValueError(f"decoder_tensors: {rows} is missing, which the decoder needs")
+        return len(self.images if rows == "images" else kept[rows])
 
     def _check_finite(self, what: str, values: Tensor) -> None:
         bad = ~torch.isfinite(values.flatten(1)).all(1)
         if bad.any():
             place = int(bad.nonzero()[0])
+            if len(values) != len(self.labels):  # bases, which belong to no class
+                raise ValueError(f"{what} has values that are not finite: number {place}")
             label = int(self.labels[place])
             raise ValueError(
                 f"{what} has values that are not finite: number {place}, of class {label} "
@@ -147,8 +167,16 @@ class Artefact:
 
     @property
     def size(self) -> tuple[int, int]:
-        """Height and width in pixels."""
+        """Height and width in pixels, of what is decoded."""
+        if self.decoder is not None and "height" in self.decoder:
+            return int(self.decoder["height"]), int(self.decoder["width"])
         return int(self.images.shape[2]), int(self.images.shape[3])
+
+    @property
+    def stored_numbers(self) -> int:
+        """Numbers that the set consists of, labels aside: images and tensors of the decoder."""
+        tensors = [self.images, *self.decoder_tensors.values()]
+        return sum(tensor.numel() for tensor in tensors)
 
     def decoded(self) -> Artefact:
         """The set to train on, with no decoder of its own; this one if it needs no decoding."""
@@ -156,11 +184,19 @@ class Artefact:
             return self
         per_class = torch.bincount(self.labels, minlength=self.num_classes).tolist()
         order = torch.argsort(self.labels, stable=True)
-        images, sources = decode(self.decoder, self.images[order], per_class)
+        tensors = {"images": self.images, **self.decoder_tensors}
+        rows = labelled(self.decoder)
+        tensors[rows] = tensors[rows][order]
+        images, sources = decode(self.decoder, tensors.pop("images"), per_class, tensors)
         sources = order[sources]
         soft = None if self.soft_labels is None else self.soft_labels[sources]
         return replace(
-            self, images=images, labels=self.labels[sources], soft_labels=soft, decoder=None
+            self,
+            images=images,
+            labels=self.labels[sources],
+            soft_labels=soft,
+            decoder=None,
+            decoder_tensors={},
         )
 
     def to_pixels(self) -> Tensor:
@@ -224,6 +260,7 @@ def save(artefact: Artefact, path: str | os.PathLike[str]) -> Path:
     if path.is_dir():
         raise IsADirectoryError(f"{path} is a folder; an artefact is written to a file")
     tensors = {"images": artefact.images, "labels": artefact.labels}
+    tensors |= {DECODER + name: tensor for name, tensor in artefact.decoder_tensors.items()}
     if artefact.soft_labels is not None:
         tensors["soft_labels"] = artefact.soft_labels
     if artefact.lr is not None:
@@ -288,6 +325,11 @@ def load(path: str | os.PathLike[str]) -> Artefact:
             soft_labels=tensors.get("soft_labels"),
             lr=None if lr is None else lr.item(),
             decoder=recipe.get("decoder"),
+            decoder_tensors={
+                name.removeprefix(DECODER): tensor
+                for name, tensor in tensors.items()
+                if name.startswith(DECODER)
+            },
             **{name: recipe[name] for name in RECIPE},
         )
     except KeyError as error:

@@ -17,6 +17,10 @@ from ddfast.data.files import whole_file
 
 KEPT = 2
 
+# Before the names of what the optimiser knows, and of what a method keeps beside what it learns.
+OPTIMISER = "optimiser."
+STATE = "state."
+
 
 def _path(folder: Path, iteration: int) -> Path:
     return folder / f"iteration-{iteration:09d}.safetensors"

@@ -148,11 +148,23 @@ def unfinished(folder: Path) -> tuple[Artefact, int]:
         raise ValueError(f"the run in {folder} has no checkpoint yet")
     tensors, header = found
     settings = methods.find(run["method"]).config(**config)
+    learned = {
+        name: tensor.float()
+        for name, tensor in tensors.items()
+        if not name.startswith((checkpoint.OPTIMISER, checkpoint.STATE))
+    }
+    if "images" not in learned:
+        raise ValueError(
+            f"the run in {folder} has not ended, and its images are made by a network; grid.png "
+            "there shows them"
+        )
+    per_class = len(learned[settings.rows]) // data["classes"]
     artefact = Artefact(
-        images=tensors["images"].float(),
-        labels=torch.arange(data["classes"]).repeat_interleave(config["ipc"]),
+        images=learned.pop("images"),
+        labels=torch.arange(data["classes"]).repeat_interleave(per_class),
         space=settings.space,
-        decoder=settings.decoder(),
+        decoder=settings.decoder((data["shape"][1], data["shape"][2])),
+        decoder_tensors=learned,
         mean=data["mean"],
         std=data["std"],
         class_names=[str(c) for c in range(data["classes"])],

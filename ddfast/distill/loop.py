@@ -22,6 +22,7 @@ from ddfast._version import __version__
 from ddfast.artefact import Artefact
 from ddfast.data import Dataset
 from ddfast.distill import checkpoint, folder
+from ddfast.distill.checkpoint import OPTIMISER, STATE
 from ddfast.distill.log import Log, in_words, peak_memory
 from ddfast.memory import DEFAULT, parse_memory
 from ddfast.methods import Config, Diverged, Interrupted, Method, Run
@@ -94,7 +95,11 @@ def distill(
         run = methods.start(config, dataset, budget, where)
         known.check(run)
         folder.record(out, mine, config.data_path)
-        settings = [f"{name} {value}" for name, value in mine["config"].items() if value != {}]
+        settings = [
+            f"{name} {value}"
+            for name, value in mine["config"].items()
+            if value is not None and value != {}
+        ]
         _say(progress, f"{known.name}: {', '.join(settings)}")
         with _deterministic(), _signals(run):
             return _Loop(known, run, out, mine, checkpoint_every, progress).finish()
@@ -137,6 +142,7 @@ class _Loop:
             dynamic_ncols=True,
         )
         try:
+            self.prepare()
             while run.iteration < iterations:
                 self.picture_if_due()
                 losses = self.iterate()
@@ -175,14 +181,25 @@ class _Loop:
         artefact.save(self.out / ARTEFACT)
         return artefact
 
+    def prepare(self) -> None:
+        """What the method does before its first step, such as training networks."""
+        for said in self.method.prepare(self.run):
+            _say(self.progress, said)
+            if self.due(prepared=True):
+                self.save()
+            if self.run.stop:
+                raise Interrupted
+
     def iterate(self) -> Tensor:
         """One step of the method; if it fails, the state is as before it, and saved."""
         run = self.run
-        before = {name: tensor.clone() for name, tensor in _state(run).items()}
+        before = {name: tensor.clone() for name, tensor in _learned(run).items()}
+        kept = run.state  # a step puts a new mapping in its place
         try:
             losses = self.method.step(run)
         except BaseException as error:
             _restore(run, before)
+            run.state = kept
             if isinstance(error, KeyboardInterrupt):
                 raise
             self.save()
@@ -200,8 +217,8 @@ class _Loop:
         """Of the whole run, without the time between an interruption and the resume."""
         return self.seconds_before + time.monotonic() - self.started
 
-    def due(self) -> bool:
-        if self.every is not None:
+    def due(self, prepared: bool = False) -> bool:
+        if self.every is not None and not prepared:
             return self.run.iteration % self.every == 0
         return time.monotonic() - self.saved > max(SECONDS_BETWEEN, SHARE * self.cost)
 
@@ -232,6 +249,11 @@ class _Loop:
                     f"expected {tuple(tensor.shape)}); remove it to start the run anew"
                 )
         _restore(self.run, tensors)
+        self.run.state = {
+            name.removeprefix(STATE): tensor.to(self.run.device)
+            for name, tensor in tensors.items()
+            if name.startswith(STATE)
+        }
         self.run.iteration = header["iteration"]
         self.seconds_before = header["seconds"]
         _say(self.progress, f"{self.out}: going on after {self.run.iteration} iterations")
@@ -250,11 +272,15 @@ class _Loop:
 
     def artefact(self) -> Artefact:
         run, data = self.run, self.run.dataset
+        tensors = {name: tensor.detach().float() for name, tensor in run.tensors.items()}
+        if run.make is not None:
+            tensors = {"images": run.training_set()[0].float()}
         return Artefact(
-            images=run.images.detach().float(),
+            images=tensors.pop("images"),
             labels=run.labels,
             space=run.config.space,
-            decoder=run.config.decoder(),
+            decoder=run.decoder,
+            decoder_tensors=tensors,
             mean=data.mean,
             std=data.std,
             class_names=data.class_names,
@@ -276,18 +302,23 @@ class _Loop:
 
 def _state(run: Run) -> dict[str, Tensor]:
     """Everything that changes in the course of a run, but for the number of the iteration."""
+    return _learned(run) | {STATE + name: tensor for name, tensor in run.state.items()}
+
+
+def _learned(run: Run) -> dict[str, Tensor]:
+    """What a step changes in place: the tensors and what the optimiser knows of them."""
     state = {name: tensor.detach() for name, tensor in run.tensors.items()}
     for index, values in run.optimiser.state_dict()["state"].items():
         for name, value in values.items():
             if isinstance(value, Tensor):
-                state[f"optimiser.{index}.{name}"] = value
+                state[f"{OPTIMISER}{index}.{name}"] = value
     return state
 
 
 def _restore(run: Run, state: dict[str, Tensor]) -> None:
     values: dict[int, dict[str, Tensor]] = {}
     for name, tensor in state.items():
-        if name.startswith("optimiser."):
+        if name.startswith(OPTIMISER):
             _, index, key = name.split(".", 2)
             values.setdefault(int(index), {})[key] = tensor
     with torch.no_grad():

@@ -2,7 +2,9 @@
 
 A method is a module with `TITLE`, `MATCHES`, `PROTOCOL`, `Config`, `check(run)`, which refuses what
 cannot work before the first step, and `step(run)`, which changes the synthetic set and returns the
-loss of each class. Everything else (data, checkpoints, logging, evaluation) is shared; see
+loss of each class. One that needs trained networks has `prepare(run)`, a generator that does a part
+of that work, puts it into `run.state` and yields a line about it; it begins with what is missing
+there. Everything else (data, checkpoints, logging, evaluation) is shared; see
 `ddfast.distill`.
 """
 
@@ -10,7 +12,7 @@ from __future__ import annotations
 
 import csv
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,7 @@ class Method:
         protocol: by which the paper evaluates, see `ddfast.evaluate.protocol`.
         status: how far it has been verified.
         config: the class of its settings.
-        check, step: see the module's docstring.
+        check, prepare, step: see the module's docstring.
     """
 
     name: str
@@ -43,7 +45,13 @@ class Method:
     status: str
     config: type[Config]
     check: Callable[[Run], None]
+    prepare: Callable[[Run], Iterator[str]]
     step: Callable[[Run], Tensor]
+
+
+def nothing(run: Run) -> Iterator[str]:
+    """The preparation of a method that needs none."""
+    return iter(())
 
 
 def methods() -> dict[str, Method]:
@@ -67,6 +75,7 @@ def methods() -> dict[str, Method]:
             verified,
             module.Config,
             module.check,
+            getattr(module, "prepare", nothing),
             module.step,
         )
         for name, module in modules.items()

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ddfast.data import Dataset, canonical_name, names
-from ddfast.synthetic import pixels
+from ddfast.synthetic.parametrisation import recipe, starting_set
 
 C = TypeVar("C", bound="Config")
 
@@ -87,9 +87,18 @@ class Config:
         least=1,
     )
     batch_real: int = setting("real images per class and step", 256, least=1)
-    init: Literal["real", "noise"] = setting(
-        "what the synthetic images start from: real or noise", aliases=("pix_init",)
+    init: Literal["real", "noise", "mix"] = setting(
+        "what images start from: real, noise, or (multi_formation) mix, real ones in cells",
+        aliases=("pix_init",),
     )
+    parametrisation: Literal["pixels", "multi_formation", "hallucinators", "bases"] = setting(
+        "how images are stored (IDC: multi_formation, HaBa: hallucinators, LinBa: bases)",
+        aliases=("parametrization",),
+    )
+    factor: int = setting("with multi_formation: an image decodes to factor^2 (2)", least=1)
+    shared: int = setting("how many hallucinators (5) or bases (16) the images share", least=1)
+    base_scale: int = setting("bases are so many times smaller than images (2)", least=1)
+    lr_decoder: float = setting("learning rate of hallucinators or bases (lr_img)", above=0)
     lr_img: float = setting("learning rate of the synthetic images", above=0)
     momentum: float = setting("momentum of the synthetic images", 0.5, least=0, below=1)
 
@@ -105,20 +114,58 @@ class Config:
 
     def published(self, dataset: Dataset) -> Mapping[str, Any]:
         """The value of every field that may be left out, for this data set and `self.ipc`."""
-        return {"model": DIGITS_MODEL if dataset.name == "digits" else _convnet(dataset.size)}
+        return {
+            "model": DIGITS_MODEL if dataset.name == "digits" else _convnet(dataset.size),
+            "parametrisation": "pixels",
+        }
 
-    def starting_images(
+    def starting_set(
         self, dataset: Dataset, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """What the run starts from: `ipc` images of each class in `space`, and their labels."""
-        return pixels(dataset, self.ipc, self.init, generator)
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """What the run starts from: the tensors that it learns, by name, and the labels.
 
-    def decoder(self) -> Mapping[str, Any] | None:
+        The one called `self.rows` has as many rows for each class, class 0 first, and each row
+        its label.
+        """
+        return starting_set(
+            dataset,
+            self.ipc,
+            self.parametrisation,
+            self.init,
+            generator,
+            factor=self.factor or 1,
+            shared=self.shared or 0,
+            base_scale=self.base_scale or 1,
+            space=self.space,
+        )
+
+    def decoder(self, size: tuple[int, int]) -> Mapping[str, Any] | None:
         """How the images are decoded for training (`ddfast.synthetic.decode`); None if as they are.
 
         To be asked of a resolved config.
+
+        Args:
+            size: (H, W) of the data set's images.
         """
-        return None
+        return recipe(self.parametrisation, self.factor or 1, size, self.space)
+
+    @property
+    def rows(self) -> str:
+        """Name of the tensor that has rows of each class, see `starting_set`."""
+        return "coefficients" if self.parametrisation == "bases" else "images"
+
+    def optimiser(self, tensors: Mapping[str, Tensor]) -> torch.optim.Optimizer:
+        """Of the tensors that the run learns: SGD with lr_img, and lr_decoder for shared ones."""
+        return torch.optim.SGD(self.parameter_groups(tensors), self.lr_img, self.momentum)
+
+    def parameter_groups(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+        """The tensors with their learning rates, for a torch optimiser."""
+        rows = self.rows
+        groups: list[dict[str, Any]] = [{"params": [tensors[rows]], "lr": self.lr_img}]
+        shared = [tensor for name, tensor in tensors.items() if name != rows]
+        if shared:
+            groups.append({"params": shared, "lr": self.lr_decoder})
+        return groups
 
 
 def resolve(config: C, dataset: Dataset) -> C:
@@ -136,6 +183,13 @@ def resolve(config: C, dataset: Dataset) -> C:
     missing = {name: value for name, value in published.items() if getattr(config, name) is None}
     if known:
         missing["dataset"] = dataset.name
+    config = dataclasses.replace(config, **missing)
+    storage = {"multi_formation": {"factor": 2}, "hallucinators": {"shared": 5}}
+    storage["bases"] = {"shared": 16, "base_scale": 2}
+    needed: dict[str, Any] = storage.get(config.parametrisation, {})
+    if "shared" in needed:
+        needed |= {"lr_decoder": config.lr_img}
+    missing = {name: value for name, value in needed.items() if getattr(config, name) is None}
     return dataclasses.replace(config, **missing)
 
 

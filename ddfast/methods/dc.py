@@ -86,20 +86,20 @@ def step(run: Run) -> Tensor:
     assert isinstance(config, Config)
     net = run.fresh_net()
     optimiser = torch.optim.SGD(net.parameters(), lr=config.lr_net)
-    total = run.images.new_zeros(run.sampler.num_classes)
+    total = torch.zeros(run.sampler.num_classes, dtype=run.dtype, device=run.device)
     for outer in range(config.outer_loop):
         if has_batchnorm(net):
             _freeze_statistics(run, net, outer)
-        gradient, losses = match(run, net, outer)
-        run.update(gradient, losses, f", image update {outer + 1} of {config.outer_loop}")
+        gradients, losses = match(run, net, outer)
+        run.update(gradients, losses, f", image update {outer + 1} of {config.outer_loop}")
         total += losses
         if outer + 1 < config.outer_loop:
             train(run, net, optimiser, outer)
     return total / config.outer_loop
 
 
-def match(run: Run, net: Network, outer: int) -> tuple[Tensor, Tensor]:
-    """The distances of all classes, (num_classes,), and their gradient, in the images' shape."""
+def match(run: Run, net: Network, outer: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Gradients by what is learned, and the distances of all classes, (num_classes,)."""
     config = run.config
     assert isinstance(config, Config)
     metric = METRICS[config.dis_metric]
@@ -107,8 +107,7 @@ def match(run: Run, net: Network, outer: int) -> tuple[Tensor, Tensor]:
     names = weight_names(net, "matrices" if metric == "row_cosine" else "all")
     indices, counts = run.sampler.sample_all(config.batch_real, run.generator("real images", outer))
     positions = indices.split(counts)
-    gradient = torch.empty_like(run.images)
-    losses = []
+    gradients, losses = run.no_gradients(), []
     for first, end in class_groups(run, net, names):
         classes = range(first, end)
         # One augmentation for both sides of a class, another for every class.
@@ -121,30 +120,28 @@ def match(run: Run, net: Network, outer: int) -> tuple[Tensor, Tensor]:
         x = run.augment(run.real(torch.cat(positions[first:end])), draw, sizes)
         labels = run.labels.new_tensor(classes).repeat_interleave(run.labels.new_tensor(sizes))
         real = segment_gradients(net, x, labels, sizes, names, run.memory // 2)
-        # A leaf of its own: the graph of a slice would write and add zeros for all other classes.
-        here = run.of_classes(first, end)
-        images = run.images.detach()[here].requires_grad_()
-        s = run.augment(images, draw, [config.ipc] * len(classes))
+        made = run.decoded(first, end)
+        s = run.augment(made.images, draw, made.counts)
         distances, by_s = match_gradients(
-            *(net, s.detach(), run.labels[here], [config.ipc] * len(classes), real, names, metric),
+            *(net, s.detach(), made.labels, made.counts, real, names, metric),
             memory=run.memory // 2,
         )
-        gradient[here] = torch.autograd.grad(s, images, by_s)[0]
+        run.chain(gradients, made, s, by_s)
         losses.append(distances)
+        run.processed += sum(sizes) + len(s)
         if run.stop:
             raise Interrupted
-    run.processed += len(indices) + len(run.images)
-    return gradient, torch.cat(losses)
+    return gradients, torch.cat(losses)
 
 
 def class_groups(run: Run, net: Network, names: Sequence[str]) -> Iterator[tuple[int, int]]:
     """First and end of groups of classes whose images and gradients fit into half the memory."""
     parameters = dict(net.named_parameters())
-    size = run.images.element_size()
-    image = run.images[0].numel() * size
+    size = run.dtype.itemsize
+    image = run.dataset.channels * run.dataset.size[0] * run.dataset.size[1] * size
     matched = sum(parameters[name].numel() for name in names) * size
     # Real images before and after augmentation; gradients of both sides and their derivative.
-    each = 2 * (run.config.batch_real + run.config.ipc) * image + 3 * matched
+    each = 2 * (run.config.batch_real + run.decoded_per_class) * image + 3 * matched
     classes, most = run.sampler.num_classes, max(1, run.memory // 2 // each)
     for first in range(0, classes, most):
         yield first, min(first + most, classes)
@@ -155,7 +152,7 @@ def train(run: Run, net: Network, optimiser: torch.optim.Optimizer, outer: int) 
     config = run.config
     assert isinstance(config, Config)
     net.train()
-    images = run.images.detach()
+    images, labels = run.training_set()
     random = run.generator("network training", outer)
     for _ in range(config.inner_loop):
         order = torch.randperm(len(images), generator=random).to(run.device)
@@ -163,7 +160,7 @@ def train(run: Run, net: Network, optimiser: torch.optim.Optimizer, outer: int) 
             draw = run.augment.draw(random, run.dataset.size, count=len(batch))
             x = run.augment(images[batch], draw)
             optimiser.zero_grad()
-            cross_entropy(net(x), run.labels[batch]).backward()
+            cross_entropy(net(x), labels[batch]).backward()
             optimiser.step()
         run.processed += len(images)
         if run.stop:

@@ -79,23 +79,23 @@ def step(run: Run) -> Tensor:
     assert isinstance(config, Config)
     net = run.fresh_net()
     optimiser = torch.optim.SGD(net.parameters(), lr=config.lr_net)
-    total = run.images.new_zeros(run.sampler.num_classes)
+    total = torch.zeros(run.sampler.num_classes, dtype=run.dtype, device=run.device)
     for outer in range(config.outer_loop):
         if has_batchnorm(net):
             dc._freeze_statistics(run, net, outer)
         if run.iteration >= config.outer_warmup or outer >= config.inner_warmup:
-            gradient, losses = match_together(run, net, outer)
+            gradients, losses = match_together(run, net, outer)
         else:
-            gradient, losses = dc.match(run, net, outer)
-        run.update(gradient, losses, f", image update {outer + 1} of {config.outer_loop}")
+            gradients, losses = dc.match(run, net, outer)
+        run.update(gradients, losses, f", image update {outer + 1} of {config.outer_loop}")
         total += losses
         if outer + 1 < config.outer_loop:
             dc.train(run, net, optimiser, outer)
     return total / config.outer_loop
 
 
-def match_together(run: Run, net: Network, outer: int) -> tuple[Tensor, Tensor]:
-    """The one distance, once for each class, and its gradient, in the images' shape."""
+def match_together(run: Run, net: Network, outer: int) -> tuple[dict[str, Tensor], Tensor]:
+    """Gradients by what is learned, and the one distance, once for each class."""
     config = run.config
     assert isinstance(config, Config)
     classes, metric = run.sampler.num_classes, dc.METRICS[config.dis_metric]
@@ -123,11 +123,12 @@ def match_together(run: Run, net: Network, outer: int) -> tuple[Tensor, Tensor]:
         real = [a + b for a, b in zip(real, part, strict=True)] if real else part
         if run.stop:
             raise Interrupted
-    images = run.images.detach().requires_grad_()
-    x = run.augment(images, draw, [config.ipc] * classes)
+    made = run.decoded(0, classes)
+    x = run.augment(made.images, draw, made.counts)
     loss, by_x = match_gradients(
-        *(net, x.detach(), run.labels, [len(x)], real, names, metric), memory=memory
+        *(net, x.detach(), made.labels, [len(x)], real, names, metric), memory=memory
     )
-    (gradient,) = torch.autograd.grad(x, images, by_x)
-    run.processed += len(indices) + len(images)
-    return gradient, loss.expand(classes)
+    gradients = run.no_gradients()
+    run.chain(gradients, made, x, by_x)
+    run.processed += len(indices) + len(x)
+    return gradients, loss.expand(classes)

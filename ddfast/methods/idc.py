@@ -80,7 +80,7 @@ class Config(Shared):
     space: ClassVar[str] = "pixel"
 
     batch_real: int = setting("real images per class and step", 64, least=1)
-    init: Literal["mix", "real", "noise"] = setting(  # type: ignore[assignment]
+    init: Literal["mix", "real", "noise"] = setting(
         "mix (the first images of the class, one in each cell), real or noise"
     )
     factor: int = setting("a stored image decodes to factor^2 (published: 2, ImageNet 3)", least=1)
@@ -110,6 +110,10 @@ class Config(Shared):
         super().__post_init__()
         if self.cutmix is not None and self.cutmix > 1:
             raise ValueError(f"cutmix: got {self.cutmix}, expected a probability")
+        if self.parametrisation not in (None, "multi_formation"):
+            raise ValueError(
+                f"parametrisation: got {self.parametrisation!r}, and IDC is multi_formation"
+            )
         DSA(self.aug_type)  # raises if it does not know an operation
 
     def published(self, dataset: Dataset) -> Mapping[str, Any]:
@@ -131,6 +135,7 @@ class Config(Shared):
         grey, many = name in ("MNIST", "FashionMNIST"), dataset.num_classes >= 100
         found: dict[str, Any] = {
             **super().published(dataset),
+            "parametrisation": "multi_formation",
             "iterations": 2000 * 100 // self.inner_loop,
             "init": "mix",
             "factor": factor,
@@ -172,14 +177,15 @@ class Config(Shared):
             }
         return found
 
-    def starting_images(
+    def starting_set(
         self, dataset: Dataset, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[dict[str, Tensor], Tensor]:
         init = "random" if self.init == "real" else self.init
         selection = "random" if self.init == "real" else "first"
-        return initialise(dataset, self.ipc, init, self.factor, generator, selection)
+        images, labels = initialise(dataset, self.ipc, init, self.factor, generator, selection)
+        return {"images": images}, labels
 
-    def decoder(self) -> Mapping[str, Any] | None:
+    def decoder(self, size: tuple[int, int]) -> Mapping[str, Any] | None:
         """For training; `bound` limits only what is matched, as in the published evaluation."""
         if self.factor == 1:
             return None

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from ddfast.data import ClassSampler, Dataset, normalise
 from ddfast.memory import activation_bytes, images_at_once
 from ddfast.methods.config import Config
 from ddfast.random import generator
+from ddfast.synthetic import decode, repeats
 
 
 class Diverged(RuntimeError):
@@ -25,14 +27,38 @@ class Interrupted(KeyboardInterrupt):
 
 
 @dataclass
+class Decoded:
+    """Images of some classes as a network sees them, and what they are made of.
+
+    Attributes:
+        classes: first and end.
+        leaves: the tensors they are made of, with a graph to `images`: of the classes' rows, or
+            whole where all classes share them.
+        images: (n, channels, H, W), class after class, in the space that the config says.
+        labels: int64, of each image.
+        counts: images of each class.
+    """
+
+    classes: tuple[int, int]
+    leaves: dict[str, Tensor]
+    images: Tensor
+    labels: Tensor
+    counts: list[int]
+
+
+@dataclass
 class Run:
     """The state of a run, handed to the method's `step` once per iteration.
 
     Attributes:
         config: resolved; a method finds its own fields in it.
-        tensors: what is learned, by name; `images` is (num_classes * ipc, channels, H, W), class 0
-            first, in the space that the config says. A checkpoint saves them.
-        labels: int64, of the synthetic images.
+        tensors: what is learned, by name. The one called `rows` has as many rows for each class,
+            class 0 first; `images` is (num_classes * ipc, channels, H, W) in most methods, in the
+            space that the config says. A checkpoint saves them.
+        state: tensors by name that the method keeps from one iteration to the next, such as
+            networks. A checkpoint saves them. A step that changes one puts a new tensor in its
+            place, and into a new mapping, at its end: a failed step leaves no trace.
+        labels: int64, of the rows.
         real_images: uint8, the training images, on the run's device if they take little of it.
         optimiser: over `tensors`. A checkpoint saves its state.
         net: the network to match on; `fresh_net` draws its weights anew.
@@ -42,6 +68,7 @@ class Run:
         iteration: number of the current step.
         processed: images passed through a network so far, for the rate that is displayed.
         stop: set to end the run at the next image update.
+        make: in place of the config's recipe, makes images of (leaves, labels), one for each row.
     """
 
     config: Config
@@ -55,17 +82,42 @@ class Run:
     augment: DSA
     memory: int
     activations: int
+    state: dict[str, Tensor] = field(default_factory=dict)
     iteration: int = 0
     processed: int = 0
     stop: bool = field(default=False, repr=False)
+    make: Callable[[Mapping[str, Tensor], Tensor], Tensor] | None = field(default=None, repr=False)
 
     @property
     def images(self) -> Tensor:
         return self.tensors["images"]
 
     @property
+    def decoder(self) -> Mapping[str, Any] | None:
+        """The recipe by which the images are decoded; None if they are as they are."""
+        return self.config.decoder(self.dataset.size)
+
+    @property
+    def rows(self) -> str:
+        """Name of the tensor that has rows of each class."""
+        return self.config.rows
+
+    @property
+    def rows_per_class(self) -> int:
+        return len(self.labels) // self.dataset.num_classes
+
+    @property
+    def decoded_per_class(self) -> int:
+        """Images of each class that networks see."""
+        return self.rows_per_class * repeats(self.decoder, self.tensors)
+
+    @property
     def device(self) -> torch.device:
-        return self.images.device
+        return self.tensors[self.rows].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.tensors[self.rows].dtype
 
     def at_once(self, cost: float) -> int:
         """Images that a pass of this cost (see `ddfast.memory`) may take together."""
@@ -83,40 +135,103 @@ class Run:
     def real(self, indices: Tensor) -> Tensor:
         """Normalised training images at these positions, on the run's device."""
         images = self.real_images[indices.to(self.real_images.device)].to(self.device)
-        return normalise(images, self.dataset.mean, self.dataset.std, self.images.dtype)
+        return normalise(images, self.dataset.mean, self.dataset.std, self.dtype)
 
     def of_classes(self, first: int, end: int) -> slice:
-        """Where the synthetic images of classes first to end - 1 lie."""
-        return slice(first * self.config.ipc, end * self.config.ipc)
+        """Where the rows of classes first to end - 1 lie."""
+        return slice(first * self.rows_per_class, end * self.rows_per_class)
+
+    def decoded(self, first: int, end: int, tensors: Mapping[str, Tensor] | None = None) -> Decoded:
+        """The images of classes first to end - 1, with a graph to leaves of their own.
+
+        A slice of the tensors themselves would have a graph that writes and adds zeros for all
+        other classes.
+
+        Args:
+            tensors: in place of `self.tensors`.
+        """
+        here = self.of_classes(first, end)
+        leaves = {
+            name: (tensor.detach()[here] if name == self.rows else tensor.detach()).requires_grad_()
+            for name, tensor in (tensors or self.tensors).items()
+        }
+        labels, counts = self.labels[here], [self.rows_per_class] * (end - first)
+        if self.make is not None:
+            return Decoded((first, end), leaves, self.make(leaves, labels), labels, counts)
+        others = {name: leaf for name, leaf in leaves.items() if name != "images"}
+        images, sources = decode(self.decoder, leaves["images"], counts, others)
+        counts = [len(sources) // (end - first)] * (end - first)
+        return Decoded((first, end), leaves, images, labels[sources], counts)
+
+    def training_set(self) -> tuple[Tensor, Tensor]:
+        """All images as networks see them, outside any graph, and their labels."""
+        made = self.decoded(0, self.dataset.num_classes)
+        return made.images.detach(), made.labels
+
+    def no_gradients(self) -> dict[str, Tensor]:
+        """Zeros like the tensors that are learned, for `chain` to fill."""
+        return {name: torch.zeros_like(tensor) for name, tensor in self.tensors.items()}
+
+    def chain(
+        self, gradients: dict[str, Tensor], made: Decoded, outputs: Tensor, by_outputs: Tensor
+    ) -> None:
+        """Bring a gradient back to what the images are made of, and add it there.
+
+        Args:
+            gradients: of all tensors.
+            outputs: computed from `made.images`.
+            by_outputs: gradient of the loss with respect to them.
+        """
+        found = torch.autograd.grad(outputs, list(made.leaves.values()), by_outputs)
+        for name, part in zip(made.leaves, found, strict=True):
+            if name == self.rows:
+                gradients[name][self.of_classes(*made.classes)] += part
+            else:
+                gradients[name] += part
 
     def update(
         self,
-        gradient: Tensor,
+        gradients: Tensor | Mapping[str, Tensor],
         losses: Tensor,
         moment: str = "",
         step: Callable[[], object] | None = None,
     ) -> None:
-        """One optimiser step on the images, unless something is not finite.
+        """One optimiser step on what is learned, unless something is not finite.
 
         Args:
-            gradient: of the summed losses with respect to `images`.
+            gradients: of the summed losses with respect to `images`, or to each tensor by name.
             losses: (num_classes,).
             moment: where in the iteration, for the message.
-            step: makes the step from `images.grad`; None for the optimiser's.
+            step: makes the step from the tensors' `grad`; None for the optimiser's.
 
         Raises:
-            Diverged: naming the iteration and the classes; the images are then as before.
+            Diverged: naming the iteration and the classes.
             Interrupted: the run was asked to stop.
         """
+        if isinstance(gradients, Tensor):
+            gradients = {"images": gradients}
         self._check(losses[:, None], "the loss", moment)
-        self._check(gradient.unflatten(0, (-1, self.config.ipc)), "the gradient", moment)
-        self.images.grad = gradient
+        for name, gradient in gradients.items():
+            self._check_tensor(name, gradient, "the gradient", moment)
+            self.tensors[name].grad = gradient
         (step or self.optimiser.step)()
-        self.images.grad = None
-        images = self.images.detach()
-        self._check(images.unflatten(0, (-1, self.config.ipc)), "an image", moment)
+        for name in gradients:
+            self.tensors[name].grad = None
+            what = "an image" if name == "images" else f"a value of {name}"
+            self._check_tensor(name, self.tensors[name].detach(), what, moment)
         if self.stop:
             raise Interrupted
+
+    def _check_tensor(self, name: str, values: Tensor, what: str, moment: str) -> None:
+        """By class where there are rows of each."""
+        if name == self.rows:
+            values = values.unflatten(0, (-1, self.rows_per_class))
+            self._check(values, what, moment)
+        elif not torch.isfinite(values).all():
+            raise Diverged(
+                f"{what} ({name}) is not finite at iteration {self.iteration}{moment}; a smaller "
+                f"lr_decoder (now {self.config.lr_decoder:g}) may help"
+            )
 
     def _check(self, values: Tensor, what: str, moment: str) -> None:
         finite = torch.isfinite(values)
@@ -151,15 +266,15 @@ def start(
         generator(config.seed, "network"),
     )
     net = net.to(device, dtype)
-    images, labels = config.starting_images(dataset, generator(config.seed, "images"))
-    images = images.to(device, dtype).requires_grad_()
+    tensors, labels = config.starting_set(dataset, generator(config.seed, "images"))
+    tensors = {name: t.to(device, dtype).requires_grad_() for name, t in tensors.items()}
     return Run(
         config=config,
         dataset=dataset,
-        tensors={"images": images},
+        tensors=tensors,
         labels=labels.to(device),
         real_images=_near(dataset.train_images, torch.device(device)),
-        optimiser=torch.optim.SGD([images], config.lr_img, config.momentum),
+        optimiser=config.optimiser(tensors),
         net=net,
         sampler=ClassSampler(dataset.train_labels, dataset.num_classes),
         augment=DSA(getattr(config, "dsa_strategy", "none")),

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from ddfast.synthetic.decoding import check_decoder, decode
+from ddfast.synthetic.decoding import check_decoder, decode, labelled, repeats
 from ddfast.synthetic.picture import grid, write_png
 from ddfast.synthetic.pixels import pixels
 
-__all__ = ["check_decoder", "decode", "grid", "pixels", "write_png"]
+__all__ = ["check_decoder", "decode", "grid", "labelled", "pixels", "repeats", "write_png"]

@@ -23,7 +23,7 @@ from ddfast.ops.multi_formation import multi_formation
 from ddfast.ops.registry import refuse_transforms
 from ddfast.reference.multi_formation import crop_side
 
-__all__ = ["KINDS", "decode", "decoded_count", "initialise", "subsample"]
+__all__ = ["KINDS", "decode", "decoded_count", "initialise", "quadrants", "subsample"]
 
 KINDS = ("single", "multi", "bound")
 INITS = ("random", "mix", "noise")
@@ -96,10 +96,11 @@ def decode(
     kind: str = "single",
     counts: Sequence[int] | None = None,
     bound: int = 128,
+    fill: float = FILL,
 ) -> tuple[Tensor, Tensor, list[int]]:
     """The images that a network sees: the crops of each stored image, enlarged to its size.
 
-    A side that factor does not divide is continued with grey (0.5) below and to the right.
+    A side that factor does not divide is continued with `fill` below and to the right.
     Differentiable in the images to every order.
 
     Args:
@@ -111,6 +112,7 @@ def decode(
             factors, so that a class of up to `bound` images stays within `bound` when decoded.
         counts: images of each class, in order; None: a class is a run of equal labels.
         bound: with "bound", see there. A class of more images is left as it is.
+        fill: grey for images in [0, 1]; normalised ones have 0 there.
 
     Returns:
         Images, class after class as before, their labels, and the number of each class. Within a
@@ -129,7 +131,7 @@ def decode(
         return images, labels, counts
     if kind == "single":
         crops = factor**2
-        decoded = multi_formation(images, factor, "image", FILL)
+        decoded = multi_formation(images, factor, "image", fill)
         return decoded, labels.repeat_interleave(crops), [crops * n for n in counts]
     plans = [_plan(n, factor, kind, bound) for n in counts]
     starts = list(itertools.accumulate(counts, initial=0))
@@ -147,7 +149,7 @@ def decode(
         whole = len(rows) == len(images)  # then they are all images, in order
         chosen = images if whole else images.index_select(0, rows)
         sizes = [n * each**2 for _, _, n in pieces]
-        decoded = chosen if each == 1 else multi_formation(chosen, each, "image", FILL)
+        decoded = chosen if each == 1 else multi_formation(chosen, each, "image", fill)
         repeated = labels[rows.to(labels.device)].repeat_interleave(each**2)
         for (c, _, _), image, label in zip(
             pieces, decoded.split(sizes), repeated.split(sizes), strict=True
@@ -158,6 +160,25 @@ def decode(
     if not order:
         return images, labels, totals
     return torch.cat([i for i, _ in order]), torch.cat([k for _, k in order]), totals
+
+
+def quadrants(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """IDM's partition and expand (Zhao G. et al., CVPR 2023, section 3.2): `decode` in its order.
+
+    All top left quadrants come first, then the bottom left, top right and bottom right ones, each
+    enlarged to the size of the images; no loss depends on that order. A side that is odd is
+    continued with zeros, the mean of normalised images.
+
+    Args:
+        images: (N, channels, H, W).
+        labels: (N,).
+
+    Returns:
+        (4 N, channels, H, W), and the labels four times over.
+    """
+    _check_set(images, labels)
+    rows_first = multi_formation(images, 2, "crop", 0.0).unflatten(0, (4, len(images)))
+    return rows_first[[0, 2, 1, 3]].flatten(0, 1), labels.repeat(4)
 
 
 def subsample(

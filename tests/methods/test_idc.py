@@ -298,7 +298,7 @@ def test_kinds_of_decoding(make_dataset, make_run, kind, factors) -> None:
     for image, factor in zip(second, factors, strict=True):
         known = once if factor == 1 else twice
         assert (known - image).flatten(1).abs().amax(1).min() < 1e-12
-    assert run.config.decoder()["kind"] == ("multi" if kind == "multi" else "single")
+    assert run.config.decoder((8, 8))["kind"] == ("multi" if kind == "multi" else "single")
 
 
 def test_what_cannot_work_is_refused(make_dataset, make_run) -> None:

@@ -116,9 +116,9 @@ def test_iterations_follow_the_image_updates_of_each(named) -> None:
 
 def test_how_the_images_are_kept(named) -> None:
     dataset = named("CIFAR10", 32, 3)
-    assert resolved(dataset, idc_i, ipc=1).decoder() is None
+    assert resolved(dataset, idc_i, ipc=1).decoder((32, 32)) is None
     expected = {"name": "multi_formation", "factor": 2, "kind": "single"}
-    assert resolved(dataset, ipc=1).decoder() == expected
+    assert resolved(dataset, ipc=1).decoder((32, 32)) == expected
     assert idc.Config.space == idc_i.Config.space == "pixel"
 
 
