@@ -6,7 +6,16 @@ classes apart; and the gradient of a distance between weight gradients needs no 
 
 from __future__ import annotations
 
+from ddfast.engine.features import Features, features, images_at_once
 from ddfast.engine.gradients import class_gradients, match_gradients, segment_gradients
 from ddfast.engine.segments import weight_names
 
-__all__ = ["class_gradients", "match_gradients", "segment_gradients", "weight_names"]
+__all__ = [
+    "Features",
+    "class_gradients",
+    "features",
+    "images_at_once",
+    "match_gradients",
+    "segment_gradients",
+    "weight_names",
+]

@@ -58,17 +58,26 @@ class Chain:
 
     def elements(self, image: tuple[int, ...]) -> tuple[int, int]:
         """Numbers an image leaves behind: all convolutions' outputs; all blocks' inputs."""
-        height, width = image[-2:]
-        inputs, outputs = image[0] * height * width, 0
+        planes, _ = self.shapes(image)
+        inputs = image[0] * image[-2] * image[-1]
+        for block, (channels, height, width) in zip(self.blocks, planes, strict=True):
+            cell = 1 if block.pool == "none" else 2
+            inputs += channels * (height // cell) * (width // cell)
+        return sum(channels * height * width for channels, height, width in planes), inputs
+
+    def shapes(self, image: tuple[int, ...]) -> tuple[list[tuple[int, int, int]], int]:
+        """(channels, H, W) of every convolution's output; how many features an image has."""
+        found = []
+        channels, height, width = image
         for block in self.blocks:
             tall, wide = block.convolution.kernel_size
+            channels = block.convolution.out_channels
             height += 2 * block.padding - tall + 1
             width += 2 * block.padding - wide + 1
-            outputs += block.convolution.out_channels * height * width
+            found.append((channels, height, width))
             if block.pool != "none":
                 height, width = height // 2, width // 2
-            inputs += block.convolution.out_channels * height * width
-        return outputs, inputs
+        return found, channels * height * width
 
 
 def recognise(net: nn.Module) -> Chain | None:
