@@ -289,7 +289,7 @@ def match(run: Run, net: Network, real_images: list[Tensor], inner: int) -> tupl
 
         leaf = stored[here].requires_grad_()
         images, labels, counts = _decoded(run, leaf, first, inner)
-        s = augment(_normalised(run, images), rows, counts)
+        s = augment(run.normalised(images), rows, counts)
         distances, by_s = match_gradients(
             *(net, s.detach(), labels, counts, real, names, metric), memory=run.memory // 2
         )
@@ -365,15 +365,6 @@ def _decoded(run: Run, images: Tensor, first: int, inner: int) -> tuple[Tensor, 
         torch.cat([y for _, y, _ in parts]),
         [n for _, _, (n,) in parts],
     )
-
-
-def _normalised(run: Run, images: Tensor) -> Tensor:
-    """(images - mean) / std; both are those of the data set, for pixels in [0, 1]."""
-    mean, std = (
-        torch.tensor(values, dtype=images.dtype, device=images.device).view(-1, 1, 1)
-        for values in (run.dataset.mean, run.dataset.std)
-    )
-    return (images - mean) / std
 
 
 def _classes_at_once(run: Run, net: Network, names: tuple[str, ...]) -> int:

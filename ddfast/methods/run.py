@@ -137,6 +137,16 @@ class Run:
         images = self.real_images[indices.to(self.real_images.device)].to(self.device)
         return normalise(images, self.dataset.mean, self.dataset.std, self.dtype)
 
+    def normalised(self, images: Tensor) -> Tensor:
+        """Images of the config's space as networks take them."""
+        if self.config.space == "normalised":
+            return images
+        mean, std = (
+            torch.tensor(values, dtype=images.dtype, device=images.device).view(-1, 1, 1)
+            for values in (self.dataset.mean, self.dataset.std)
+        )
+        return (images - mean) / std
+
     def of_classes(self, first: int, end: int) -> slice:
         """Where the rows of classes first to end - 1 lie."""
         return slice(first * self.rows_per_class, end * self.rows_per_class)

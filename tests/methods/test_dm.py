@@ -11,7 +11,7 @@ from torch import Tensor
 from ddfast import nets
 from ddfast.data import normalise
 from ddfast.memory import FIRST_ORDER, FORWARD
-from ddfast.methods import dm
+from ddfast.methods import dm, feature_matching
 from ddfast.random import generator
 
 SETTINGS = {"ipc": 2, "model": "ConvNetD2W4", "batch_real": 5, "lr_img": 0.7, "momentum": 0.5}
@@ -114,7 +114,7 @@ def test_chunks_change_nothing_beyond_rounding(make_dataset, make_run, images_at
 def test_pieces_cover_every_image_once_with_its_class(counts: list[int], most: int) -> None:
     classes = [c for c, count in enumerate(counts) for _ in range(count)]
     covered = []
-    for piece, first, within in dm._pieces(counts, most):
+    for piece, first, within in feature_matching.pieces_of(counts, most):
         assert 0 < sum(within) == piece.stop - piece.start <= most
         assert min(within) > 0
         assert piece.start == len(covered)
