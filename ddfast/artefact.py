@@ -20,7 +20,7 @@ from ddfast._version import __version__
 from ddfast.data.dataset import check_labels
 from ddfast.data.files import whole_file
 from ddfast.data.normalisation import denormalise
-from ddfast.synthetic import check_decoder, decode, labelled
+from ddfast.synthetic import check_decoder, decode, grid, labelled
 
 __all__ = ["FORMAT_VERSION", "SPACES", "Artefact", "load", "save"]
 
@@ -198,6 +198,15 @@ class Artefact:
             decoder=None,
             decoder_tensors={},
         )
+
+    def picture(self, path: str | os.PathLike[str]) -> Path:
+        """Write a picture of the set, see :func:`ddfast.synthetic.grid`.
+
+        It shows the stored images; where networks make images of them, those, 20 a class at most.
+        """
+        made, most = (self.decoded(), 20) if self.decoder_tensors else (self, None)
+        images = made.normalised(self.mean, self.std)
+        return grid(images, made.labels, self.mean, self.std, path, per_row=most)
 
     def to_pixels(self) -> Tensor:
         """The images as uint8 `(N, channels, H, W)`, rounded and clamped to 0..255."""

@@ -367,7 +367,6 @@ def _show(words: list[str]) -> None:
 
     from ddfast.artefact import Artefact
     from ddfast.distill import ARTEFACT, unfinished
-    from ddfast.synthetic import grid
 
     place = Path(options.run)
     file = place / ARTEFACT if place.is_dir() else place
@@ -378,8 +377,7 @@ def _show(words: list[str]) -> None:
         artefact, iteration = unfinished(place)
         said = f"{place}: {artefact!r}, {iteration} of {artefact.config['iterations']} iterations"
     out = Path(options.out) if options.out else file.parent / "grid.png"
-    mean, std = artefact.mean, artefact.std
-    grid(artefact.normalised(mean, std), artefact.labels, mean, std, out)
+    artefact.picture(out)
     print(said)
     print(f"{out} shows the images")
 

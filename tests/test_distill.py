@@ -298,7 +298,7 @@ def test_nan_in_one_class_is_named(dataset, tmp_path, monkeypatch) -> None:
 
     def broken(self: methods.Run, gradient: torch.Tensor, losses: torch.Tensor, *rest: Any) -> None:
         if self.iteration == 3:
-            gradient[self.of_classes(1, 2)][0, 0, 0, 0] = float("nan")
+            gradient["images"][self.of_classes(1, 2)][0, 0, 0, 0] = float("nan")
         update(self, gradient, losses, *rest)
 
     monkeypatch.setattr(methods.Run, "update", broken)

@@ -26,7 +26,6 @@ from ddfast.distill.checkpoint import OPTIMISER, STATE
 from ddfast.distill.log import Log, in_words, peak_memory
 from ddfast.memory import DEFAULT, parse_memory
 from ddfast.methods import Config, Diverged, Interrupted, Method, Run
-from ddfast.synthetic import grid
 
 ARTEFACT = "distilled.safetensors"
 LAST_GOOD = "last_good.safetensors"
@@ -296,8 +295,7 @@ class _Loop:
             self.picture()
 
     def picture(self) -> None:
-        made, (mean, std) = self.artefact(), (self.run.dataset.mean, self.run.dataset.std)
-        grid(made.normalised(mean, std), made.labels, mean, std, self.out / "grid.png")
+        self.artefact().picture(self.out / "grid.png")
 
 
 def _state(run: Run) -> dict[str, Tensor]:
