@@ -5,7 +5,6 @@ Of ddfast itself nothing is imported before it is known which command it is.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import json

@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from ddfast.generator.file import load, save
 from ddfast.generator.interface import check_generator, frozen, normalised, signed
+from ddfast.generator.inversion import Inversion, invert
 from ddfast.generator.network import Discriminator, Generator
 
 __all__ = [
     "Discriminator",
     "Generator",
+    "Inversion",
     "check_generator",
     "frozen",
+    "invert",
     "load",
     "normalised",
     "save",

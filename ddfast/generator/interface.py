@@ -1,4 +1,4 @@
-"""What a generator must be able to do, whoever made it, and how its images meet those of a data set.
+"""What a generator must be able to do, whoever made it, and where its images meet the real ones.
 
 A generator is a ``torch.nn.Module`` with an attribute ``latent_dim``, called with latents
 ``(N, latent_dim)`` and labels, int64 ``(N,)``. It returns images ``(N, channels, H, W)`` in [-1, 1]

@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import operator
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -92,9 +93,7 @@ class Generator(nn.Module):
         def build() -> None:
             self.embedding = nn.Embedding(self.classes, self.latent_dim)
             self.first = nn.Linear(condition, widths[0] * self.base[0] * self.base[1])
-            self.blocks = nn.ModuleList(
-                [_Up(a, b, condition) for a, b in zip(widths, widths[1:], strict=False)]
-            )
+            self.blocks = nn.ModuleList([_Up(a, b, condition) for a, b in pairwise(widths)])
             if not times:  # 4 to 7 pixels: one block without doubling
                 self.blocks.append(_Up(widths[0], widths[0], condition, factor=1))
             self.norm = nn.BatchNorm2d(widths[-1])
@@ -103,7 +102,7 @@ class Generator(nn.Module):
         _made(self, build, generator, (nn.Linear, nn.Conv2d) if spectral else ())
 
     @property
-    def architecture(self) -> dict[str, int | list[int]]:
+    def architecture(self) -> dict[str, Any]:
         """The arguments that make a generator of this shape, as plain values."""
         return {
             "classes": self.classes,
@@ -134,6 +133,8 @@ class Generator(nn.Module):
             raise ValueError(f"labels: got shape {tuple(labels.shape)}, expected {len(latents)}")
         condition = torch.cat([latents, self.embedding(labels)], 1)
         x = self.first(condition).unflatten(1, (-1, *self.base))
+        # oneDNN convolves so about one and a half times as fast.
+        x = x.contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
             x = block(x, condition)
         x = torch.tanh(self.last(F.relu(self.norm(x))))
@@ -181,7 +182,7 @@ class Discriminator(nn.Module):
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
         """A score for each image: (N, channels, H, W) and (N,) -> (N,)."""
-        x = images
+        x = images.contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
             x = block(x)
         features = F.relu(x).sum((2, 3))
@@ -243,18 +244,22 @@ class _Down(nn.Module):
         return y + self.shortcut(x)
 
 
-def folded(net: nn.Module) -> nn.Module:
-    """A copy with the normalised weights in place of the spectral normalisation."""
-    net = copy.deepcopy(net)
-    for module in net.modules():
+@torch.no_grad()
+def folded(generator: Generator) -> Generator:
+    """The same generator with the normalised weights in place of the spectral normalisation."""
+    source = copy.deepcopy(generator)
+    state = dict(source.state_dict())
+    for path, module in source.named_modules():
         if parametrize.is_parametrized(module, "weight"):
-            with torch.no_grad():
-                module.train()  # reading the weight is then one step of the power method
-                for _ in range(POWER_ITERATIONS):
-                    _ = module.weight
-            module.eval()
-            parametrize.remove_parametrizations(module, "weight", leave_parametrized=True)
-    return net
+            module.train()  # reading the weight is then one step of the power method
+            for _ in range(POWER_ITERATIONS):
+                weight = module.weight
+            state = {n: t for n, t in state.items() if not n.startswith(f"{path}.parametrizations")}
+            state[f"{path}.weight"] = weight
+    plain = Generator(**generator.architecture, spectral=False).to(source.embedding.weight)
+    plain.load_state_dict(state)
+    plain.recipe = dict(generator.recipe)
+    return plain.train(generator.training)
 
 
 def _made(
@@ -284,24 +289,23 @@ def _made(
 
 def _draw(module: nn.Module, generator: torch.Generator) -> None:
     """Orthogonal weights, as in BigGAN; zero biases; vectors for the power method."""
+    layer: Any = module
     if isinstance(module, nn.BatchNorm2d):
         module.reset_running_stats()
         if module.affine:
-            module.weight.fill_(1.0)
-            module.bias.zero_()
-    elif isinstance(module, (nn.Linear, nn.Conv2d, nn.Embedding)):
-        with_norm = parametrize.is_parametrized(module, "weight")
-        weight = module.parametrizations.weight.original if with_norm else module.weight
-        if isinstance(module, nn.Embedding) and not with_norm:
-            weight.normal_(generator=generator)
-        else:
-            nn.init.orthogonal_(weight, generator=generator)
-        if getattr(module, "bias", None) is not None:
-            module.bias.zero_()
-        if with_norm:
-            power = module.parametrizations.weight[0]
-            for vector in (power._u, power._v):
-                vector.copy_(F.normalize(vector.normal_(generator=generator), dim=0))
+            layer.weight.fill_(1.0)
+            layer.bias.zero_()
+    elif parametrize.is_parametrized(module, "weight"):
+        nn.init.orthogonal_(layer.parametrizations.weight.original, generator=generator)
+        power = layer.parametrizations.weight[0]
+        for vector in (power._u, power._v):
+            vector.copy_(F.normalize(vector.normal_(generator=generator), dim=0))
+    elif isinstance(module, nn.Embedding):
+        layer.weight.normal_(generator=generator)
+    elif isinstance(module, (nn.Linear, nn.Conv2d)):
+        nn.init.orthogonal_(layer.weight, generator=generator)
+    if isinstance(module, (nn.Linear, nn.Conv2d)) and layer.bias is not None:
+        layer.bias.zero_()
 
 
 def _positive(argument: str, value: int) -> int:
