@@ -280,7 +280,7 @@ def save(artefact: Artefact, path: str | os.PathLike[str]) -> Path:
     header = {
         "format_version": FORMAT_VERSION,
         "recipe": recipe,
-        "sha256": _digest(tensors, json.dumps(recipe, sort_keys=True)),
+        "sha256": digest(tensors, json.dumps(recipe, sort_keys=True)),
     }
     content = serialise(tensors, {KEY: json.dumps(header, sort_keys=True)})
     with whole_file(path) as temporary:
@@ -325,7 +325,7 @@ def load(path: str | os.PathLike[str]) -> Artefact:
         missing += [name for name in RECIPE if name not in recipe]
         if missing:
             raise ValueError(f"it lacks {', '.join(missing)}")
-        if header["sha256"] != _digest(tensors, json.dumps(recipe, sort_keys=True)):
+        if header["sha256"] != digest(tensors, json.dumps(recipe, sort_keys=True)):
             raise ValueError("its contents do not match its checksum: it is damaged")
         lr = tensors.get("lr")
         return Artefact(
@@ -347,7 +347,7 @@ def load(path: str | os.PathLike[str]) -> Artefact:
         raise ValueError(f"{path} cannot be used: {error}") from None
 
 
-def _digest(tensors: Mapping[str, Tensor], recipe: str) -> str:
+def digest(tensors: Mapping[str, Tensor], recipe: str) -> str:
     """SHA-256 over the recipe and every tensor's name, type, shape and bytes."""
     sha = hashlib.sha256(recipe.encode())
     for name in sorted(tensors):

@@ -15,10 +15,11 @@ from ddfast.methods.config import dsa_strategy as published_dsa_strategy
 
 __all__ = ["PROTOCOLS", "Protocol", "protocol", "steps_matched"]
 
-PROTOCOLS = ("dc", "dsa", "dm", "idc")
+PROTOCOLS = ("dc", "dsa", "dm", "idc", "it_gan")
 
 EPOCHS = 300
 EPOCHS_AUGMENTED = 1000
+EPOCHS_IT_GAN = 200
 
 # IDC beyond 64 pixels: epochs for up to so many images of a class, after decoding; beyond, 300.
 IDC_EPOCHS = ((1, 3000), (10, 2000), (50, 1500), (200, 1000), (500, 500))
@@ -126,6 +127,8 @@ def protocol(
               official script does the latter for the model `ConvNetBN` only)
     `dsa`     DSA and 1000 epochs
     `dm`      the same; the paper's name for it
+    `it_gan`  DSA and 200 epochs. The published code leaves out the last batch of an epoch if
+              it is smaller, which would leave nothing of a small set; here it counts
     `idc`     schedule "multistep", batches of 64; flip, color and one of crop, scale and
               rotate; CutMix on half of the batches; 1000 epochs. Beyond 64 pixels CutMix
               on all batches and 3000 to 300 epochs by the images per class (two thirds of
@@ -168,7 +171,8 @@ def protocol(
             preset = Protocol(name, EPOCHS)
     else:
         strategy = published_dsa_strategy(dataset) if dsa_strategy is None else dsa_strategy
-        preset = Protocol(name, EPOCHS_AUGMENTED, *_augmentation("dsa", strategy))
+        epochs_here = EPOCHS_IT_GAN if name == "it_gan" else EPOCHS_AUGMENTED
+        preset = Protocol(name, epochs_here, *_augmentation("dsa", strategy))
     return dataclasses.replace(
         preset,
         epochs=preset.epochs if epochs is None else epochs,

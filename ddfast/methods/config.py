@@ -56,7 +56,26 @@ def setting(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Settings:
+    """Fields made with `setting`, checked when made.
+
+    Raises:
+        TypeError, ValueError: a value of the wrong type or out of range; the message names it.
+    """
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                value = _checked(field.name, value, hints[field.name], field.metadata)
+                object.__setattr__(self, field.name, value)
+            elif field.default is MISSING or field.default is not None:
+                raise TypeError(f"{field.name}: got None, expected {_expected(hints[field.name])}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Settings):
     """Settings of a distillation run.
 
     A method's config adds its own fields and says in `published` what it uses where a field is left
@@ -101,16 +120,6 @@ class Config:
     lr_decoder: float = setting("learning rate of hallucinators or bases (lr_img)", above=0)
     lr_img: float = setting("learning rate of the synthetic images", above=0)
     momentum: float = setting("momentum of the synthetic images", 0.5, least=0, below=1)
-
-    def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is not None:
-                value = _checked(field.name, value, hints[field.name], field.metadata)
-                object.__setattr__(self, field.name, value)
-            elif field.default is MISSING or field.default is not None:
-                raise TypeError(f"{field.name}: got None, expected {_expected(hints[field.name])}")
 
     def published(self, dataset: Dataset) -> Mapping[str, Any]:
         """The value of every field that may be left out, for this data set and `self.ipc`."""
@@ -200,7 +209,7 @@ def dsa_strategy(dataset: Dataset) -> str:
     return "color_crop_cutout_flip_scale_rotate"
 
 
-def as_json(config: Config) -> dict[str, Any]:
+def as_json(config: Settings) -> dict[str, Any]:
     """The fields as plain values that survive a round trip through JSON."""
     return {
         field.name: getattr(config, field.name)

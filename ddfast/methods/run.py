@@ -175,6 +175,9 @@ class Run:
 
     def training_set(self) -> tuple[Tensor, Tensor]:
         """All images as networks see them, outside any graph, and their labels."""
+        if self.make is not None:
+            with torch.no_grad():
+                return self.make(self.tensors, self.labels), self.labels
         made = self.decoded(0, self.dataset.num_classes)
         return made.images.detach(), made.labels
 
