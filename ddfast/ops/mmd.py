@@ -189,7 +189,11 @@ def _backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:
     x, y, bandwidths = ctx.saved_tensors
     gradients, ctx.gradients = ctx.gradients, []
     given = dict(zip([n for n in "xy" if getattr(ctx, f"has_{n}")], gradients, strict=False))
-    if ("x" in given or not need_x) and ("y" in given or not need_y) and not torch.is_grad_enabled():
+    if (
+        ("x" in given or not need_x)
+        and ("y" in given or not need_y)
+        and not torch.is_grad_enabled()
+    ):
         # Handed over once, then forgotten: a second backward recomputes, so nobody else holds them.
         found = [_scaled(given[n], grad) for n, need in (("x", need_x), ("y", need_y)) if need]
     else:
@@ -223,9 +227,18 @@ def _bwd_reference(
 
 
 def _bwd_cpu(
-    compiled: Any, grad: Tensor, x: Tensor, y: Tensor, bandwidths: Tensor, *arguments: Any
+    compiled: Any,
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    bandwidths: Tensor,
+    kernel: str,
+    degree: int,
+    unbiased: bool,
+    need_x: bool,
+    need_y: bool,
 ) -> list[Tensor]:
-    return _cpu(compiled, x, y, bandwidths, *arguments, scale=grad)[1]
+    return _cpu(compiled, x, y, bandwidths, kernel, degree, unbiased, need_x, need_y, grad)[1]
 
 
 def _bwd_cuda(kernels: Any, *arguments: Any) -> Any:

@@ -26,7 +26,7 @@ KERNELS = ("gaussian", "laplace", "energy", "polynomial", "linear")
 NEAR = 2**-10
 
 
-def near_pairs(a: Tensor, b: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+def near_pairs(a: Tensor, b: Tensor) -> tuple[Tensor, tuple[Tensor, ...]]:
     """|a_i - b_j|^2 by inner products, (C, n, m), and the indices of pairs that need better."""
     norms = (a * a).sum(2).unsqueeze(2) + (b * b).sum(2).unsqueeze(1)
     squared = norms - 2 * a @ b.mT
