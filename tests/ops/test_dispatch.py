@@ -25,6 +25,7 @@ torch.library.Library.impl = caught
 import ddfast
 import ddfast.ops.class_weight_grad
 import ddfast.ops.first_block
+import ddfast.ops.mmd
 import ddfast.ops.multi_formation
 from ddfast import backend
 from ddfast.testing import flatten
@@ -35,6 +36,7 @@ find = backend.triton_kernels
 backend.triton_kernels = lambda module: (asked.append(module), find(module))[1]
 
 syn, real = ([torch.linspace(-1, top, 12).reshape(3, 4)] for top in (1, 2))
+cubes = [syn[0].reshape(3, 2, 2), real[0].reshape(3, 2, 2)]
 grad, images = torch.ones(1), torch.linspace(-1, 1, 150).reshape(2, 3, 5, 5)
 draw = torch.tensor([[1.0, 1.0, 1.0, 0.0]], dtype=torch.float64)  # crop
 weight, by_out = torch.linspace(-1, 1, 108).reshape(2, 2, 3, 3, 3), images[:, :2]
@@ -52,6 +54,8 @@ calls = {
     "class_conv": (images, weight, [1, 1], 1, "auto"),
     "class_input_grad": (by_out, weight, [1, 1], [5, 5], 1, "auto"),
     "class_weight_grad": (images, by_out, [1, 1], [3, 3], 1, "auto"),
+    "mmd": (*cubes, torch.ones(3, 2), "gaussian", 2, False, True, True),
+    "mmd_bwd": (torch.ones(3), *cubes, torch.ones(3, 2), "laplace", 2, True, True, True),
     "multi_formation": (images, 2, "crop", 0.5),
     "multi_formation_adjoint": (images.repeat(2, 1, 1, 1), 2, "image"),
     "norm_relu_pool": (images, None, None, 3, 1e-5, *block),
@@ -84,5 +88,5 @@ def test_the_cuda_key_hands_over_to_triton():
     pytest.importorskip("triton", reason="triton is not installed")
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    # Its closed form needs no kernel of its own: the reference answers.
-    assert done.stdout.split("\n")[0] == "['class_mean_bwd']"
+    # Closed forms, and a selection, without a kernel of their own: the reference answers.
+    assert done.stdout.split("\n")[0] == "['class_mean_bwd', 'mmd_bandwidth']"
