@@ -28,6 +28,8 @@ int64_t mmd_scratch(const mmd_arguments &);
 void mmd(const mmd_arguments &);
 void mmd_mean_distance(const mmd_arguments &);
 void mmd_median_distance(const mmd_arguments &);
+int64_t characteristic_function_scratch(const characteristic_function_arguments &);
+void characteristic_function(const characteristic_function_arguments &);
 }  // namespace DDFAST_LEVEL
 
 const kernel_table *DDFAST_JOIN(kernel_table_, DDFAST_LEVEL)() {
@@ -50,6 +52,8 @@ const kernel_table *DDFAST_JOIN(kernel_table_, DDFAST_LEVEL)() {
       DDFAST_LEVEL::mmd,
       DDFAST_LEVEL::mmd_mean_distance,
       DDFAST_LEVEL::mmd_median_distance,
+      DDFAST_LEVEL::characteristic_function_scratch,
+      DDFAST_LEVEL::characteristic_function,
   };
   return &table;
 }
