@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ddfast.ops.norm_relu_pool import (
     COMPILED,
@@ -128,17 +127,14 @@ def norm_relu_pool_means_bwd(
     if pool == "max":  # which pixel was the maximum, the operator knows
         first, second = back(over, "none"), back(by_out, pool)
         return first[0] + second[0], first[1] + second[1], first[2] + second[2]
-    return back(over + _unpooled(by_out, x, pool), "none")
-
-
-def _unpooled(by_out: Tensor, x: Tensor, pool: str) -> Tensor:
-    """What each pixel owes to its cell's average; nothing where it belongs to no cell."""
+    # `over` is ours alone. Each pixel owes a quarter to its cell's average, or nothing to no cell.
     if pool == "none":
-        return by_out
-    cells = (by_out / 4)[:, :, :, None, :, None].expand(-1, -1, -1, 2, -1, 2)
-    images, channels, height, width = by_out.shape
-    quarter = cells.reshape(images, channels, 2 * height, 2 * width)
-    return F.pad(quarter, (0, x.shape[3] % 2, 0, x.shape[2] % 2))
+        return back(over.add_(by_out), pool)
+    height, width = by_out.shape[2:]
+    inside = over[:, :, : 2 * height, : 2 * width]
+    cells = inside.unflatten(3, (width, 2)).unflatten(2, (height, 2))
+    cells.add_(by_out[:, :, :, None, :, None], alpha=0.25)
+    return back(over, "none")
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
