@@ -175,6 +175,29 @@ void norm_relu_pool(int type, bool channels_last, const std::array<std::int64_t,
   (active->*member)(arguments);
 }
 
+// tensors: x, weight, bias, mean, rstd, out, means. first: first image of each class, and the end.
+void norm_relu_pool_means(int type, bool channels_last, const std::array<std::int64_t, 4> &shape, std::int64_t groups,
+                          double eps, int activation, int pool, const std::array<std::uintptr_t, 7> &tensors,
+                          const std::vector<std::int64_t> &first, int threads) {
+  ddfast::norm_relu_pool_arguments x{};
+  x.type = type;
+  x.channels_last = channels_last;
+  x.images = shape[0], x.channels = shape[1], x.height = shape[2], x.width = shape[3];
+  x.groups = groups;
+  x.eps = eps;
+  x.activation = activation;
+  x.pool = pool;
+  x.x = pointer(tensors[0]);
+  x.weight = pointer(tensors[1]), x.bias = pointer(tensors[2]);
+  x.mean = pointer(tensors[3]), x.rstd = pointer(tensors[4]);
+  x.out = pointer(tensors[5]), x.means = pointer(tensors[6]);
+  x.first = first.data();
+  x.classes = std::int64_t(first.size()) - 1;
+  x.threads = threads;
+  py::gil_scoped_release release;
+  active->norm_relu_pool_means(x);
+}
+
 // tensors: x, weight, bias, norm weight, norm bias, mean, rstd, then out (forward) or grad, weight
 // gradients, and sums of each image for bias, norm weight and norm bias. sizes: as for class_conv.
 void first_block(int type, const std::vector<std::uintptr_t> &tensors, const std::vector<std::int64_t> &first,
@@ -308,6 +331,7 @@ PYBIND11_MODULE(_C, m) {
   m.def("norm_relu_pool_bwd", &norm_relu_pool<&kernel_table::norm_relu_pool_bwd>);
   m.def("norm_relu_pool_tangent", &norm_relu_pool<&kernel_table::norm_relu_pool_tangent>);
   m.def("norm_relu_pool_tangent_bwd", &norm_relu_pool<&kernel_table::norm_relu_pool_tangent_bwd>);
+  m.def("norm_relu_pool_means", &norm_relu_pool_means);
   m.def("first_block", &first_block);
   m.def("multi_formation", &multi_formation);
   m.def("mmd", &mmd);

@@ -114,6 +114,11 @@ struct norm_relu_pool_arguments {
   void *out;
   void *out_weight, *out_bias;  // images x channels
   int threads;
+  // norm_relu_pool_means only: classes x channels x height x width, and the first image of each
+  // class, classes + 1 entries.
+  void *means;
+  const int64_t *first;
+  int64_t classes;
 };
 
 // The first block of a network: a convolution, then norm_relu_pool on what it writes.
@@ -196,6 +201,7 @@ struct kernel_table {
   void (*class_conv)(const class_conv_arguments &);
   void (*norm_relu_pool)(const norm_relu_pool_arguments &);
   void (*norm_relu_pool_bwd)(const norm_relu_pool_arguments &);
+  void (*norm_relu_pool_means)(const norm_relu_pool_arguments &);
   void (*norm_relu_pool_tangent)(const norm_relu_pool_arguments &);
   void (*norm_relu_pool_tangent_bwd)(const norm_relu_pool_arguments &);
   int64_t (*first_block_scratch)(const first_block_arguments &);

@@ -19,6 +19,7 @@ int64_t class_conv_scratch(const class_conv_arguments &);
 void class_conv(const class_conv_arguments &);
 void norm_relu_pool(const norm_relu_pool_arguments &);
 void norm_relu_pool_bwd(const norm_relu_pool_arguments &);
+void norm_relu_pool_means(const norm_relu_pool_arguments &);
 void norm_relu_pool_tangent(const norm_relu_pool_arguments &);
 void norm_relu_pool_tangent_bwd(const norm_relu_pool_arguments &);
 int64_t first_block_scratch(const first_block_arguments &);
@@ -43,6 +44,7 @@ const kernel_table *DDFAST_JOIN(kernel_table_, DDFAST_LEVEL)() {
       DDFAST_LEVEL::class_conv,
       DDFAST_LEVEL::norm_relu_pool,
       DDFAST_LEVEL::norm_relu_pool_bwd,
+      DDFAST_LEVEL::norm_relu_pool_means,
       DDFAST_LEVEL::norm_relu_pool_tangent,
       DDFAST_LEVEL::norm_relu_pool_tangent_bwd,
       DDFAST_LEVEL::first_block_scratch,

@@ -195,7 +195,7 @@ def _fused(
         raise ValueError(f"images: got {images.shape[1]} channels, expected {channels}")
     planes, width = chain.shapes(tuple(images.shape[1:]))
     out = images.new_empty(len(images), width)
-    maps = [images.new_zeros(len(counts), *plane) for plane in planes] if layers else []
+    maps = [_zeros(images, (len(counts), *plane)) for plane in planes] if layers else []
     divided = list(pieces(counts, _together(chain, images)))
     traces: list[feature_pass.Trace] = []
     versions = _versions(chain)
@@ -232,6 +232,14 @@ def _fused(
         return by_images
 
     return Features(out, maps, backward if keep else None)
+
+
+def _zeros(images: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """In the memory format of the pass, so that adding to it is fast."""
+    last = images.device.type == "cpu"
+    form = torch.channels_last if last else torch.contiguous_format
+    empty = torch.empty(shape, dtype=images.dtype, device=images.device, memory_format=form)
+    return empty.zero_()
 
 
 def _versions(chain: Chain) -> list[int]:
