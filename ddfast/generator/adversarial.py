@@ -227,9 +227,6 @@ def finished(run: Training) -> Generator:
     The statistics that were gathered on the way belong to other weights: these are the mean over
     batches of the final ones, in BigGAN's words standing statistics.
     """
-    buffers = dict(run.generator.named_buffers())
-    for name, buffer in run.average.named_buffers():
-        buffer.copy_(buffers[name])
     generator = folded(run.average).train()
     norms = [m for m in generator.modules() if isinstance(m, nn.BatchNorm2d)]
     before = [norm.momentum for norm in norms]
