@@ -89,7 +89,7 @@ def test_the_same_bits_again_and_other_chunks_change_rounding_only(generator) ->
     first = invert(generator, images, labels, steps=15)
     again = invert(generator, images, labels, steps=15)
     assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
-    for options in ({"chunk": 2}, {"memory": "1MiB"}):
+    for options in ({"chunk": 2}, {"memory": "300KiB"}):
         other = invert(generator, images, labels, steps=15, **options)
         assert torch.allclose(first.latents, other.latents, atol=1e-9)
     seeded = invert(generator, images, labels, steps=15, seed=1)
@@ -101,10 +101,10 @@ def test_the_memory_sets_the_chunk(generator, monkeypatch) -> None:
     sizes: list[int] = []
     handle = generator.register_forward_pre_hook(lambda m, inputs: sizes.append(len(inputs[0])))
     try:
-        invert(generator, images, labels, steps=1, starts=1, memory="8MiB")
+        invert(generator, images, labels, steps=1, starts=1, memory="2MiB")
         whole = max(sizes)
         sizes.clear()
-        invert(generator, images, labels, steps=1, starts=1, memory="1500KiB")
+        invert(generator, images, labels, steps=1, starts=1, memory="500KiB")
         assert 3 < max(sizes) < whole
         with pytest.raises(ValueError, match=r"memory: the budget of 1024 bytes is too small, one"):
             invert(generator, images, labels, memory="1KiB")
