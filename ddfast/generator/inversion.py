@@ -24,13 +24,13 @@ from ddfast.random import generator as make_generator
 
 __all__ = ["Inversion", "invert"]
 
+Features = Callable[[Tensor], Tensor]
+Errors = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+
 CHUNK = 500
 """Images at once if the memory allows; the published number."""
 
 BETAS = (0.9, 0.999)
-Features = Callable[[Tensor], Tensor]
-Errors = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
-
 SHARE = 0.5  # of the memory that goes to tensors kept for the backward pass
 
 
@@ -96,7 +96,7 @@ def invert(
         FloatingPointError: an error is not finite.
     """
     dtype, device = place(generator)
-    targets = _targets(images, dtype)
+    _check_images(images)
     if not isinstance(labels, Tensor) or labels.shape != images.shape[:1]:
         raise ValueError(f"labels: expected {len(images)} integers, one for each image")
     check_labels(labels, int(labels.max()) + 1 if len(labels) else 1, "labels")
@@ -108,12 +108,12 @@ def invert(
     if not feature_weight >= 0:
         raise ValueError(f"feature_weight: got {feature_weight}, expected at least 0")
     budget = parse_memory(memory)
-    channels, height, width = targets.shape[1:]
+    channels, height, width = images.shape[1:]
     if net is None:
-        # As many blocks as leave planes of 4 to 7 pixels.
+        # As many blocks as leave planes of 4 to 7 pixels; published from 28 pixels on.
         depth = max(1, min(height, width).bit_length() - 3)
         net = nets.build(
-            f"ConvNetD{depth}",
+            f"ConvNetD{depth}" + ("" if min(height, width) >= 28 else "W32"),
             channels,
             1,
             (height, width),
@@ -122,11 +122,15 @@ def invert(
     half = [0.5] * channels
     means, stds = half if mean is None else mean, half if std is None else std
 
+    def targets(rows: Tensor) -> Tensor:
+        some = images[rows].detach().to(device)
+        return signed(some, dtype) if some.dtype == torch.uint8 else some.to(dtype)
+
     def features(x: Tensor) -> Tensor:
-        return net.embed(normalised(x, means, stds)).flatten(1)  # type: ignore[operator]
+        return net.embed(normalised(x, means, stds).to(dtype)).flatten(1)  # type: ignore[operator]
 
     with frozen(generator), frozen(net):
-        if not len(targets):
+        if not len(images):
             empty = torch.empty(0, dtype=dtype, device=device)
             return Inversion(empty.view(0, _latent_dim(generator)), empty, empty)
         start = _starts(generator, targets, labels, starts, seed)
@@ -137,8 +141,8 @@ def invert(
                 f"memory: the budget of {budget} bytes is too small, one image needs "
                 f"{each / SHARE:.0f}"
             )
-        pieces = torch.arange(len(targets)).split(min(chunk, most))
-        scale = _feature_scale(features, targets, pieces, device) if feature_weight else 1.0
+        pieces = torch.arange(len(images)).split(min(chunk, most))
+        scale = _feature_scale(features, targets, pieces) if feature_weight else 1.0
         bar = tqdm(
             total=len(pieces) * (steps + 1),
             desc="inversion",
@@ -153,7 +157,7 @@ def invert(
                     generator,
                     start[piece],
                     labels[piece].to(device),
-                    _errors(targets[piece].to(device), features, feature_weight / scale),
+                    _errors(targets(piece), features, feature_weight / scale),
                     scale,
                     steps,
                     lr,
@@ -214,24 +218,23 @@ def _optimised(
     return best, least[0], least[1] / scale
 
 
-def _targets(images: object, dtype: torch.dtype) -> Tensor:
-    """The images in [-1, 1]."""
+def _check_images(images: object) -> None:
     if not isinstance(images, Tensor) or not (
         images.is_floating_point() or images.dtype == torch.uint8
     ):
         what = images.dtype if isinstance(images, Tensor) else type(images).__name__
         raise TypeError(f"images: got {what}, expected uint8 or floating-point in [-1, 1]")
-    if images.dim() != 4:
+    if images.dim() != 4 or 0 in images.shape[1:]:
         raise ValueError(
             f"images: got shape {tuple(images.shape)}, expected (N, channels, height, width)"
         )
-    if images.dtype == torch.uint8:
-        return signed(images, dtype)
-    images = images.detach().to(dtype)
-    # Not `abs() > 1`: that is false for NaN.
-    if not (images.abs() <= 1 + 1e-3).all():
-        raise ValueError("images: got pixels outside [-1, 1], where a generator's images lie")
-    return images
+    if images.is_floating_point() and len(images):
+        low, high = images.aminmax()
+        if not (low >= -1 - 1e-3 and high <= 1 + 1e-3):  # NaN is neither
+            raise ValueError(
+                f"images: got pixels from {low:.4g} to {high:.4g}, expected [-1, 1], where a "
+                "generator's images lie"
+            )
 
 
 def _latent_dim(generator: nn.Module) -> int:
@@ -240,11 +243,15 @@ def _latent_dim(generator: nn.Module) -> int:
 
 @torch.no_grad()
 def _starts(
-    generator: nn.Module, targets: Tensor, labels: Tensor, starts: int, seed: int
+    generator: nn.Module,
+    targets: Callable[[Tensor], Tensor],
+    labels: Tensor,
+    starts: int,
+    seed: int,
 ) -> Tensor:
     """For each image the nearest in pixels of `starts` random latents of its class."""
     dtype, device = place(generator)
-    chosen = torch.empty(len(targets), _latent_dim(generator), dtype=dtype, device=device)
+    chosen = torch.empty(len(labels), _latent_dim(generator), dtype=dtype, device=device)
     labels = labels.cpu()
     for label in labels.unique().tolist():
         random = make_generator(seed, "inversion: starts", label)
@@ -257,7 +264,7 @@ def _starts(
         )
         members = (labels == label).nonzero()[:, 0]
         for some in members.split(CHUNK):
-            distances = torch.cdist(targets[some].flatten(1).to(device), made)
+            distances = torch.cdist(targets(some).flatten(1), made.to(dtype))
             chosen[some] = latents[distances.argmin(1)]
     return chosen
 
@@ -289,12 +296,12 @@ def _kept_bytes(
 
 @torch.no_grad()
 def _feature_scale(
-    features: Features, targets: Tensor, pieces: Sequence[Tensor], device: torch.device
+    features: Features, targets: Callable[[Tensor], Tensor], pieces: Sequence[Tensor]
 ) -> float:
     """The mean square of the real images' features."""
     total, count = 0.0, 0
     for piece in pieces:
-        values = features(targets[piece].to(device))
+        values = features(targets(piece))
         total += values.double().square().sum().item()
         count += values.numel()
     return max(total / count, 1e-12)
