@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -75,6 +77,33 @@ def test_reached_errors_are_those_of_the_latents(generator) -> None:
     assert torch.allclose(found.pixel_errors, (made - goal).square().mean((1, 2, 3)), atol=1e-12)
     relative = (features[0] - features[1]).square().mean(1) / features[1].square().mean()
     assert torch.allclose(found.feature_errors, relative, rtol=1e-6)
+
+
+def test_the_way_is_that_of_adam_on_both_errors(generator) -> None:
+    """Written out for one image after the other."""
+    images, labels = noise()
+    net = nets.build("ConvNetD1W8", 1, 3, 8).double()
+    options = {"net": net, "feature_weight": 0.3, "starts": 3}
+    start = invert(generator, images, labels, steps=0, **options)
+    found = invert(generator, images, labels, steps=4, lr=0.05, **options)
+    goals = images.double() / 127.5 - 1
+    scale = net.embed(goals).square().mean().item()
+    generator.eval()
+    for i, goal in enumerate(goals):
+        latents = start.latents[i : i + 1].clone().requires_grad_()
+        adam = torch.optim.Adam([latents], 0.05)
+        seen = []
+        for step in range(5):
+            made = generator(latents, labels[i : i + 1])
+            features = (net.embed(made) - net.embed(goal[None])).square().mean()
+            loss = (made - goal).square().mean() + 0.3 * features / scale
+            seen.append((loss.item(), latents.detach().clone()))
+            adam.param_groups[0]["lr"] = 0.05 * (1 + math.cos(math.pi * step / 4)) / 2
+            latents.grad = torch.autograd.grad(loss, latents)[0]
+            adam.step()
+        best = min(seen, key=lambda pair: pair[0])[1]
+        assert torch.allclose(found.latents[i : i + 1], best, rtol=0, atol=1e-6)
+    generator.train()
 
 
 def test_more_starts_begin_nearer(generator) -> None:

@@ -64,6 +64,16 @@ def test_in_evaluation_mode_an_image_depends_on_its_latent_and_label_alone() -> 
     assert ((images - other).abs().amax((1, 2, 3)) > 1e-3).all()
 
 
+def test_batch_normalisation_is_scaled_and_shifted_by_the_condition() -> None:
+    norm = Generator(3, 1, 8, 3, 4).blocks[0].norm1
+    condition, x = latents(5, 6), latents(5, 8 * 16).view(5, 8, 4, 4)
+    scale, shift = (condition @ norm.scale_shift.weight.T)[:, :, None, None].split(8, 1)
+    mean, variance = x.mean((0, 2, 3), keepdim=True), x.var((0, 2, 3), False, keepdim=True)
+    norm.scale_shift.eval()  # no further step of the power method
+    expected = (x - mean) / (variance + norm.norm.eps).sqrt() * (1 + scale) + shift
+    assert torch.allclose(norm(x, condition), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_the_discriminators_score_depends_on_the_label() -> None:
     images = latents(2, 64).view(2, 1, 8, 8)
     net = Discriminator(3, 1, 8, 4)
