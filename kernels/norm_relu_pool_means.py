@@ -155,7 +155,14 @@ def norm_relu_pool_means(
 
 def ahead_of_time() -> list[tuple[object, dict[str, str], dict[str, object]]]:
     """(kernel, argument types, constants) of representative variants, to compile without a GPU."""
-    sizes = ("x_image", "x_channel", "x_pixel", "means_channel", "means_pixel", "channels")
+    sizes: tuple[str, ...] = (
+        "x_image",
+        "x_channel",
+        "x_pixel",
+        "means_channel",
+        "means_pixel",
+        "channels",
+    )
     sizes += ("pixels", "groups", "per_group", "channel_tiles", "pixel_tiles")
     variants: list[tuple[object, dict[str, str], dict[str, object]]] = []
     for dtype, wide in (("fp32", "fp32"), ("bf16", "fp32"), ("fp64", "fp64")):

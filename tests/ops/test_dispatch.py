@@ -64,6 +64,7 @@ calls = {
     "norm_relu_pool_tangent_bwd": (
         pooled, None, images, images.cos(), *(None,) * 4, *statistics, 3, *block
     ),
+    "norm_relu_pool_means": (images, None, None, [1, 1], 3, 1e-5, *block),
 }
 blocks = {  # made of the operators above on CUDA
     "first_block": (images, weight[0], None, None, None, 1, 2, 1e-5, *block),
