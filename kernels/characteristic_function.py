@@ -425,7 +425,7 @@ def ahead_of_time() -> list[tuple[Any, ...]]:
             given = types | {"x": f"*{dtype}", "t": f"*{dtype}"}
             variants.append((wave_kernel, given, constants, {"num_warps": WARPS}))
         if dtype == "fp32":
-            step = {"PRECISION": precision, "FREQUENCIES": STEP, "ROWS": ROWS}
+            step: dict[str, Any] = {"PRECISION": precision, "FREQUENCIES": STEP, "ROWS": ROWS}
             variants.append((drawn_product_kernel, types, step, {"num_warps": WARPS}))
     variants.append((weigh_kernel, types, {"FREQUENCIES": 256}))
     return variants
