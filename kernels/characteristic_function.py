@@ -415,7 +415,7 @@ def ahead_of_time() -> list[tuple[Any, ...]]:
     )
     types = dict.fromkeys(integers.split(), "i64") | {"scale": "fp32"}
     types |= dict.fromkeys(("partial", "phase", "grad", "out", "weights"), "*fp32")
-    tile = {"FREQUENCIES": FREQUENCIES, "ROWS": ROWS}
+    tile: dict[str, Any] = {"FREQUENCIES": FREQUENCIES, "ROWS": ROWS}
     for dtype, precision in (("fp32", "ieee"), ("fp32", "tf32"), ("bf16", "ieee")):
         for drawn in (False, True):
             operand = tl.bfloat16 if dtype == "bf16" and not drawn else tl.float32
@@ -425,7 +425,7 @@ def ahead_of_time() -> list[tuple[Any, ...]]:
             given = types | {"x": f"*{dtype}", "t": f"*{dtype}"}
             variants.append((wave_kernel, given, constants, {"num_warps": WARPS}))
         if dtype == "fp32":
-            step: dict[str, Any] = {"PRECISION": precision, "FREQUENCIES": STEP, "ROWS": ROWS}
+            step = tile | {"PRECISION": precision, "FREQUENCIES": STEP}
             variants.append((drawn_product_kernel, types, step, {"num_warps": WARPS}))
     variants.append((weigh_kernel, types, {"FREQUENCIES": 256}))
     return variants
