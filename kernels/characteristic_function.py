@@ -428,4 +428,9 @@ def ahead_of_time() -> list[tuple[Any, ...]]:
             step = tile | {"PRECISION": precision, "FREQUENCIES": STEP}
             variants.append((drawn_product_kernel, types, step, {"num_warps": WARPS}))
     variants.append((weigh_kernel, types, {"FREQUENCIES": 256}))
+    # A launch turns every size of one into a constant.
+    sizes = set(integers.split()) - {"seed", "stream"}
+    for kernel, given, constants, *rest in (*variants[:3], variants[-1]):
+        ones = dict.fromkeys(sizes & set(kernel.arg_names), 1)
+        variants.append((kernel, given, constants | ones, *rest))
     return variants
