@@ -21,7 +21,11 @@ from torch import Tensor
 from ddfast.reference import characteristic_function as reference
 from ddfast.reference.characteristic_function import wide_dtype
 
-FREQUENCIES, ROWS, DEPTH = 64, 64, 64  # of a tile; 64 features are drawn together
+#: Sizes of a tile of products.
+FREQUENCIES, ROWS = 64, 64
+#: Frequencies of one step of a product with drawn ones.
+STEP = 16
+WARPS = 8
 MAX_CHUNKS = 16
 WEIGHTS_BYTES = 256 << 20
 HALVES = (torch.float16, torch.bfloat16)
@@ -73,7 +77,7 @@ def _normal_pair(first, second, scale):
 @triton.jit
 def drawn_words(m, feature, seed, stream, FREQUENCIES: tl.constexpr):
     """Random words of 64 features from `feature` on, each (FREQUENCIES, 16)."""
-    block = (feature // 4).to(tl.int32) + tl.arange(0, 16)
+    block = (feature // 4 + tl.arange(0, 16)).to(tl.int32)
     zero = tl.zeros([FREQUENCIES, 16], tl.int32)
     return tl.philox(
         seed,
@@ -86,13 +90,19 @@ def drawn_words(m, feature, seed, stream, FREQUENCIES: tl.constexpr):
 
 @triton.jit
 def _drawn(m, feature, seed, stream, scale, FREQUENCIES: tl.constexpr):
-    """Frequencies m, 64 features from `feature` on."""
+    """Frequencies m, 64 features from `feature` on in four pieces of 16."""
     a, b, c, d = drawn_words(m, feature, seed, stream, FREQUENCIES)
     a, b = _normal_pair(a, b, scale)
     c, d = _normal_pair(c, d, scale)
-    # (m, 16, 2, 2): word w = 2 v + u of a counter at [.., u, v]; feature 16 w + i.
-    words = tl.join(tl.join(a, b), tl.join(c, d))
-    return tl.reshape(tl.permute(words, (0, 3, 2, 1)), (FREQUENCIES, 64))
+    return a, b, c, d
+
+
+@triton.jit
+def _features(x, r, end, x_row, j, width, DEPTH: tl.constexpr):
+    """Features j to j + DEPTH of rows r, (DEPTH, rows)."""
+    k = j + tl.arange(0, DEPTH)
+    inside = (r < end)[None, :] & (k < width)[:, None]
+    return tl.load(x + r[None, :] * x_row + k[:, None], mask=inside, other=0.0)
 
 
 @triton.jit(do_not_specialize=["seed", "stream", "scale"])
@@ -137,18 +147,21 @@ def wave_kernel(
     for start in range(begin, end, ROWS):
         r = start + tl.arange(0, ROWS)
         total = tl.zeros([FREQUENCIES, ROWS], tl.float32)
-        for j in range(0, width, DEPTH):
-            k = j + tl.arange(0, DEPTH)
-            inside = (r < end)[None, :] & (k < width)[:, None]
-            b = tl.load(x + r[None, :] * x_row + k[:, None], mask=inside, other=0.0)
-            if DRAWN:
-                a = _drawn(first + m, j, seed, stream + c, scale, FREQUENCIES)
-                a = tl.where((k < width)[None, :], a, 0.0)
-            else:
+        if DRAWN:
+            for j in range(0, width, 64):
+                # Of features beyond the width, those of x are 0.
+                words = _drawn(first + m, j, seed, stream + c, scale, FREQUENCIES)
+                for w in tl.static_range(4):
+                    b = _features(x, r, end, x_row, j + 16 * w, width, 16).to(tl.float32)
+                    total = tl.dot(words[w], b, total, input_precision=PRECISION)
+        else:
+            for j in range(0, width, DEPTH):
+                b = _features(x, r, end, x_row, j, width, DEPTH).to(OPERAND)
+                k = j + tl.arange(0, DEPTH)
                 inside = (m < count)[:, None] & (k < width)[None, :]
                 at = (first + m)[:, None] * t_row + k[None, :]
-                a = tl.load(t + at, mask=inside, other=0.0)
-            total = tl.dot(a.to(OPERAND), b.to(OPERAND), total, input_precision=PRECISION)
+                a = tl.load(t + at, mask=inside, other=0.0).to(OPERAND)
+                total = tl.dot(a, b, total, input_precision=PRECISION)
         if KEEP:
             inside = (m < count)[:, None] & (r < end)[None, :]
             tl.store(phase + (c * rows + r)[None, :] * count + m[:, None], total, mask=inside)
@@ -206,17 +219,25 @@ def drawn_product_kernel(
     column = program % tiles * 64
     r = program // tiles % row_tiles * ROWS + tl.arange(0, ROWS)
     c = program // tiles // row_tiles
-    total = tl.zeros([ROWS, 64], tl.float32)
+    total = tl.zeros([ROWS, 16], tl.float32)
+    total_b, total_c, total_d = total, total, total
     for start in range(0, count, FREQUENCIES):
         m = start + tl.arange(0, FREQUENCIES)
         inside = (r < rows)[:, None] & (m < count)[None, :]
         at = (c * rows + r)[:, None] * count + m[None, :]
-        a = tl.load(weights + at, mask=inside, other=0.0)
-        b = _drawn(first + m, column, seed, stream + c, scale, FREQUENCIES)
-        total = tl.dot(a, b, total, input_precision=PRECISION)
-    k = column + tl.arange(0, 64)
-    inside = (r < rows)[:, None] & (k < width)[None, :]
-    tl.store(out + (c * rows + r)[:, None] * width + k[None, :], total, mask=inside)
+        w = tl.load(weights + at, mask=inside, other=0.0)
+        a, b, u, v = _drawn(first + m, column, seed, stream + c, scale, FREQUENCIES)
+        total = tl.dot(w, a, total, input_precision=PRECISION)
+        total_b = tl.dot(w, b, total_b, input_precision=PRECISION)
+        total_c = tl.dot(w, u, total_c, input_precision=PRECISION)
+        total_d = tl.dot(w, v, total_d, input_precision=PRECISION)
+    k = column + tl.arange(0, 16)
+    inside = (r < rows)[:, None]
+    target = out + (c * rows + r)[:, None] * width + k[None, :]
+    tl.store(target, total, mask=inside & (k < width)[None, :])
+    tl.store(target + 16, total_b, mask=inside & (k + 16 < width)[None, :])
+    tl.store(target + 32, total_c, mask=inside & (k + 32 < width)[None, :])
+    tl.store(target + 48, total_d, mask=inside & (k + 48 < width)[None, :])
 
 
 def _readable(x: Tensor) -> Tensor:
@@ -225,6 +246,11 @@ def _readable(x: Tensor) -> Tensor:
 
 def _precision() -> str:
     return "tf32" if tensor_float_allowed() else "ieee"
+
+
+def _depth(operand: Any, precision: str) -> int:
+    """Features of one step: few without matrix units, whose operands are then in registers."""
+    return 16 if operand == tl.float32 and precision == "ieee" else 32
 
 
 def _waves(
@@ -239,6 +265,8 @@ def _waves(
     classes, rows, width = x.shape
     x, t = _readable(x), None if t is None else _readable(t)
     halves = t is not None and t.dtype == x.dtype and x.dtype in HALVES
+    # The interpreter multiplies bfloat16 as if it were integers.
+    halves = halves and not triton.knobs.runtime.interpret
     operand = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(x.dtype, tl.float32)
     chunk = chunk_size(rows)
     chunks, tiles = -(-rows // chunk), -(-count // FREQUENCIES)
@@ -271,7 +299,8 @@ def _waves(
             PRECISION=_precision(),
             FREQUENCIES=FREQUENCIES,
             ROWS=ROWS,
-            DEPTH=DEPTH,
+            DEPTH=_depth(operand if halves else tl.float32, _precision()),
+            num_warps=WARPS,
         )
     return partial.sum(1) / rows, phase
 
@@ -345,7 +374,7 @@ def characteristic_function_bwd(
             if part is not grad_x:
                 grad_x += part
         if by_t and t is not None and t.shape[0] == 1:
-            flat = weights.view(classes * rows, some).T @ x.reshape(-1, width).float()
+            flat = weights.view(classes * rows, some).T @ x.reshape(classes * rows, width).float()
             grad_t[0, first : first + some] = flat
         elif by_t:
             grad_t[:, first : first + some] = weights.mT @ x.float()
@@ -371,8 +400,9 @@ def _drawn_product(
             stream,
             scale,
             PRECISION=_precision(),
-            FREQUENCIES=FREQUENCIES,
+            FREQUENCIES=STEP,
             ROWS=ROWS,
+            num_warps=WARPS,
         )
 
 
@@ -385,15 +415,22 @@ def ahead_of_time() -> list[tuple[Any, ...]]:
     )
     types = dict.fromkeys(integers.split(), "i64") | {"scale": "fp32"}
     types |= dict.fromkeys(("partial", "phase", "grad", "out", "weights"), "*fp32")
-    tile = {"FREQUENCIES": FREQUENCIES, "ROWS": ROWS}
+    tile: dict[str, Any] = {"FREQUENCIES": FREQUENCIES, "ROWS": ROWS}
     for dtype, precision in (("fp32", "ieee"), ("fp32", "tf32"), ("bf16", "ieee")):
         for drawn in (False, True):
             operand = tl.bfloat16 if dtype == "bf16" and not drawn else tl.float32
             constants = tile | {"DRAWN": drawn, "KEEP": drawn == (dtype == "bf16")}
-            constants |= {"OPERAND": operand, "PRECISION": precision, "DEPTH": DEPTH}
+            constants |= {"OPERAND": operand, "PRECISION": precision}
+            constants["DEPTH"] = _depth(operand, precision)
             given = types | {"x": f"*{dtype}", "t": f"*{dtype}"}
-            variants.append((wave_kernel, given, constants))
+            variants.append((wave_kernel, given, constants, {"num_warps": WARPS}))
         if dtype == "fp32":
-            variants.append((drawn_product_kernel, types, tile | {"PRECISION": precision}))
+            step = tile | {"PRECISION": precision, "FREQUENCIES": STEP}
+            variants.append((drawn_product_kernel, types, step, {"num_warps": WARPS}))
     variants.append((weigh_kernel, types, {"FREQUENCIES": 256}))
+    # A launch turns every size of one into a constant.
+    sizes = set(integers.split()) - {"seed", "stream"}
+    for kernel, given, constants, *rest in (*variants[:3], variants[-1]):
+        ones = dict.fromkeys(sizes & set(kernel.arg_names), 1)
+        variants.append((kernel, given, constants | ones, *rest))
     return variants

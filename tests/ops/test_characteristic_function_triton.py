@@ -18,6 +18,10 @@ from ddfast.testing import (
     unchanged,
 )
 
+triton = pytest.importorskip("triton", reason="triton is not installed")
+tl = pytest.importorskip("triton.language")
+drawn_words = pytest.importorskip("ddfast.kernels.characteristic_function").drawn_words
+
 NUMBERS = (0, 0, 1.0, 0)
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -165,22 +169,19 @@ def test_offsets_beyond_32_bits(kernels, triton_device):
     assert grad.isfinite().all()
 
 
+@triton.jit(do_not_specialize=["seed", "stream"])
+def words_kernel(out, seed, stream, FREQUENCIES: tl.constexpr):
+    m = tl.arange(0, FREQUENCIES)
+    a, b, c, d = drawn_words(m, 64, seed, stream + tl.program_id(0).to(tl.int64), FREQUENCIES)
+    at = m[:, None] * 64 + tl.arange(0, 16)[None, :]
+    tl.store(out + at, a.to(tl.int64))
+    tl.store(out + at + 16, b.to(tl.int64))
+    tl.store(out + at + 32, c.to(tl.int64))
+    tl.store(out + at + 48, d.to(tl.int64))
+
+
 def test_words_are_those_of_the_reference(triton_device):
     """Every bit of Philox, with a key and counters beyond 32 bits of either word."""
-    import triton
-    import triton.language as tl
-    from ddfast.kernels.characteristic_function import drawn_words
-
-    @triton.jit(do_not_specialize=["seed", "stream"])
-    def words_kernel(out, seed, stream, FREQUENCIES: tl.constexpr):
-        m = tl.arange(0, FREQUENCIES)
-        a, b, c, d = drawn_words(m, 64, seed, stream, FREQUENCIES)
-        at = m[:, None] * 64 + tl.arange(0, 16)[None, :]
-        tl.store(out + at, a.to(tl.int64))
-        tl.store(out + at + 16, b.to(tl.int64))
-        tl.store(out + at + 32, c.to(tl.int64))
-        tl.store(out + at + 48, d.to(tl.int64))
-
     for seed, stream in ((0, 0), (1, 1), (2**62 + 2**31 + 77, 2**32 - 2)):
         out = torch.zeros(16, 64, dtype=torch.int64, device=triton_device)
         words_kernel[(1,)](out, seed, stream, FREQUENCIES=16)
@@ -228,7 +229,6 @@ def test_public_distance_and_gradient_where_the_kernels_run(triton_device, drawn
 
 @pytest.mark.parametrize("capability", [80, 90])
 def test_compiles_ahead_of_time(capability):
-    pytest.importorskip("triton", reason="triton is not installed")
     kernels = compile_ahead_of_time("characteristic_function", capability)
     names = {"wave_kernel", "weigh_kernel", "drawn_product_kernel"}
     assert {k["name"] for k in kernels} == names
