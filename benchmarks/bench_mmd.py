@@ -138,8 +138,8 @@ def case(
         exact=exact,
         providers=providers,
         bytes=4 * (2 * x.numel() + y.numel()),
-        # The value is a small difference of means, which eager's own rounding shows in.
-        tolerance=1e-3,
+        # The plain formula leaves rounding where a distance should be zero, and takes its root.
+        tolerance=1e-2 if kernel == "energy" else 1e-3,
         rounds=15 if n * m * d * (classes or 1) < 3e8 else 5,
         device=options.device,
         flops=8 * n * m * d * (classes or 1),

@@ -395,6 +395,7 @@ def _bandwidths(
             return found if how == "median" else torch.cat([found * f for f in _M3D_FACTORS], 1)
     if isinstance(bandwidth, Tensor):
         values = bandwidth.detach()
+        values = values.expand(leading) if values.dim() == 0 else values
         if values.shape == leading:
             values = values.unsqueeze(-1)
         elif values.shape[:-1] != leading:
@@ -402,25 +403,23 @@ def _bandwidths(
                 f"bandwidth: got shape {tuple(values.shape)}, expected {tuple(leading)} or that "
                 "and one more dimension"
             )
-        values = values.reshape(x.shape[0], -1).to(torch.float64)
+        values = values.reshape(x.shape[0], values.shape[-1]).to(torch.float64)
         if torch.compiler.is_compiling():
             return values
-    else:
-        try:
-            numbers = [
-                float(h)
-                for h in ([bandwidth] if isinstance(bandwidth, (int, float)) else bandwidth)
-            ]
-        except (TypeError, ValueError):
-            raise TypeError(
-                f"bandwidth: got {bandwidth!r}, expected None, 'median', numbers or a tensor"
-            ) from None
-        values = torch.tensor(numbers, dtype=torch.float64)
-        if not all(0 < h < float("inf") for h in numbers):
+        if not values.shape[-1] or not bool(((values > 0) & values.isfinite()).all()):
             raise ValueError(f"bandwidth: got {bandwidth!r}, expected positive finite numbers")
-    if not values.shape[-1] or not bool(((values > 0) & values.isfinite()).all()):
+        return values
+    try:
+        numbers = [
+            float(h) for h in ([bandwidth] if isinstance(bandwidth, (int, float)) else bandwidth)
+        ]
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"bandwidth: got {bandwidth!r}, expected None, 'median', numbers or a tensor"
+        ) from None
+    if not numbers or not all(0 < h < float("inf") for h in numbers):
         raise ValueError(f"bandwidth: got {bandwidth!r}, expected positive finite numbers")
-    return values
+    return torch.tensor(numbers, dtype=torch.float64)
 
 
 __all__ = [

@@ -337,8 +337,8 @@ class _Pass:
         strides = (a.stride(0), a.stride(1), b.stride(0), b.stride(1))
         return (*sizes, *strides, *tiles), tiles
 
-    def sum(self, a: Tensor, b: Tensor) -> Tensor:
-        """Sum of the kernel over all pairs, (classes,), in float64."""
+    def sum(self, a: Tensor, b: Tensor, same: bool) -> Tensor:
+        """Sum of the kernel over all pairs, (classes,), in float64; same: both are one set."""
         tile = tile_size(max(a.shape[1], b.shape[1]), SUM_TILE)
         sizes, tiles = self._arguments(a, b, tile)
         partial = torch.empty(a.shape[0], *tiles, dtype=self.dtype, device=a.device)
@@ -350,14 +350,14 @@ class _Pass:
             self.rates,
             partial,
             *sizes,
-            SELF=a is b,
+            SELF=same,
             TILE=tile,
             **self.constants,
             **SUM_OPTIONS,
         )
         return partial.flatten(1).sum(1, dtype=torch.float64)
 
-    def gradient(self, a: Tensor, b: Tensor) -> Tensor:
+    def gradient(self, a: Tensor, b: Tensor, same: bool) -> Tensor:
         """Sum over the rows of b of the gradient of K by each row of a."""
         tile = tile_size(max(a.shape[1], b.shape[1]), GRADIENT_TILE)
         sizes, tiles = self._arguments(a, b, tile)
@@ -375,7 +375,7 @@ class _Pass:
             *sizes,
             chunk,
             chunks,
-            SELF=a is b,
+            SELF=same,
             TILE=tile,
             **self.constants,
             **GRADIENT_OPTIONS,
@@ -423,11 +423,14 @@ def mmd(
     work = _Pass(x, y, bandwidths, kernel, degree, unbiased)
     if x.shape[0] == 0:
         return ones.to(work.dtype), _gradients(work, ones, x, y, unbiased, need_x, need_y)
-    n, m, less = x.shape[1], y.shape[1], int(unbiased)
-    value = work.sum(x, x) / (n * (n - less)) + work.sum(y, y) / (m * (m - less))
-    value = value - 2 * work.sum(x, y) / (n * m)
+    # The pairs of a row with itself are added without rounding.
+    alone = torch.zeros(x.shape[0], dtype=torch.float64, device=x.device)
     if not unbiased and kernel in ("gaussian", "laplace"):
-        value = value + (work.rates != 0).sum(1).double() * (1 / n + 1 / m)
+        alone = (work.rates != 0).sum(1, dtype=torch.float64)
+    value = -2 * work.sum(x, y, same=False) / (x.shape[1] * y.shape[1])
+    for z in (x, y):
+        rows = z.shape[1]
+        value = value + (work.sum(z, z, same=True) + rows * alone) / (rows * (rows - int(unbiased)))
     gradients = _gradients(work, ones, x, y, unbiased, need_x, need_y)
     return value.to(work.dtype), gradients
 
@@ -443,8 +446,8 @@ def _gradients(
             results.append(a.new_zeros(a.shape, dtype=work.dtype))
             continue
         n, m = a.shape[1], b.shape[1]
-        total = work.gradient(a, a) / (n * (n - int(unbiased)))
-        total -= work.gradient(a, b) / (n * m)
+        total = work.gradient(a, a, same=True) / (n * (n - int(unbiased)))
+        total -= work.gradient(a, b, same=False) / (n * m)
         results.append(total.mul_(2 * grad.to(work.dtype)[:, None, None]))
     return results
 

@@ -89,13 +89,14 @@ template <typename T> T difference(const mmd_tile<T> &t, int64_t i, int64_t j) {
 
 // The gradient of one pair, added directly.
 template <typename T> void add_pair(const mmd_tile<T> &t, int64_t i, int64_t j, T slope) {
-  T *to = t.row_gradient + i * t.width, *other = t.column_gradient ? t.column_gradient + j * t.width : nullptr;
+  T *to = t.row_gradient ? t.row_gradient + i * t.width : nullptr;
+  T *other = t.column_gradient ? t.column_gradient + j * t.width : nullptr;
   const T *right = t.right.rows;
   packed_row<T>{t, t.left.rows, i}.pieces([&](const T *a, int64_t first, int64_t count) {
     const T *b = right + first * mmd_block_rows + j * t.panels.columns(t.width, first / t.panels.panel);
     for (int64_t k = 0; k < count; ++k) {
       const T step = slope * (b[k] - a[k]);
-      to[first + k] += step;
+      if (to) to[first + k] += step;
       if (other) other[first + k] -= step;
     }
   });
