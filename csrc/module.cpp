@@ -223,6 +223,33 @@ void multi_formation(std::uintptr_t input, std::uintptr_t output, int type, cons
   active->multi_formation(arguments);
 }
 
+// x, y: (data, type, class stride, row stride, rows). what: 0 the distance, 1 the mean and 2 the
+// median of the squared distances.
+std::vector<double> mmd(int what, const std::array<std::int64_t, 5> &x, const std::array<std::int64_t, 5> &y, bool wide,
+                        std::int64_t classes, std::int64_t width, int kind, int degree, bool unbiased,
+                        const std::vector<double> &bandwidth, std::int64_t bandwidths, const std::vector<double> &scale,
+                        std::uintptr_t by_x, std::uintptr_t by_y, int threads) {
+  const auto rows = [](const std::array<std::int64_t, 5> &set) {
+    return ddfast::class_rows{pointer(std::uintptr_t(set[0])), int(set[1]), set[2], set[3], set[4], nullptr};
+  };
+  std::vector<double> value(classes, 0.0);
+  ddfast::mmd_arguments arguments{rows(x),      rows(y),       wide,
+                                  classes,      width,         kind,
+                                  degree,       unbiased,      bandwidth.data(),
+                                  bandwidths,   scale.empty() ? nullptr : scale.data(),
+                                  value.data(), pointer(by_x), pointer(by_y),
+                                  nullptr,      threads};
+  py::gil_scoped_release release;
+  if (what == 1) {
+    active->mmd_mean_distance(arguments);
+    return value;
+  }
+  const ddfast::buffer scratch(std::size_t(active->mmd_scratch(arguments)));
+  arguments.scratch = scratch.data();
+  what == 0 ? active->mmd(arguments) : active->mmd_median_distance(arguments);
+  return value;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -248,4 +275,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("norm_relu_pool_tangent_bwd", &norm_relu_pool<&kernel_table::norm_relu_pool_tangent_bwd>);
   m.def("first_block", &first_block);
   m.def("multi_formation", &multi_formation);
+  m.def("mmd", &mmd);
 }

@@ -139,6 +139,26 @@ struct multi_formation_arguments {
   int threads;
 };
 
+enum mmd_kind : int { mmd_gaussian = 0, mmd_laplace = 1, mmd_energy = 2, mmd_polynomial = 3, mmd_linear = 4 };
+
+// Two sets of equal classes; the value and its gradient with respect to either.
+struct mmd_arguments {
+  class_rows x, y;
+  int wide;  // computed, and gradients written, in double, else in float
+  int64_t classes;
+  int64_t width;
+  int kind;
+  int degree;  // of the polynomial
+  bool unbiased;
+  const double *bandwidth;  // classes x bandwidths
+  int64_t bandwidths;
+  const double *scale;  // per class, multiplies the gradients; null: 1
+  double *value;        // per class: MMD^2, or the bandwidth
+  void *by_x, *by_y;    // classes x rows x width; null: not wanted
+  void *scratch;        // as many bytes as mmd_scratch asks for, 64-byte aligned
+  int threads;
+};
+
 struct kernel_table {
   const char *level;
   // value = distance; out_syn, out_real = scale * its gradient
@@ -157,6 +177,11 @@ struct kernel_table {
   int64_t (*first_block_scratch)(const first_block_arguments &);
   void (*first_block)(const first_block_arguments &);
   void (*multi_formation)(const multi_formation_arguments &);
+  int64_t (*mmd_scratch)(const mmd_arguments &);
+  void (*mmd)(const mmd_arguments &);
+  // value = mean, or lower median, of the squared distances within the pooled rows
+  void (*mmd_mean_distance)(const mmd_arguments &);
+  void (*mmd_median_distance)(const mmd_arguments &);
 };
 
 // Defined once per level in table.cpp.

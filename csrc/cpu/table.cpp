@@ -24,6 +24,10 @@ void norm_relu_pool_tangent_bwd(const norm_relu_pool_arguments &);
 int64_t first_block_scratch(const first_block_arguments &);
 void first_block(const first_block_arguments &);
 void multi_formation(const multi_formation_arguments &);
+int64_t mmd_scratch(const mmd_arguments &);
+void mmd(const mmd_arguments &);
+void mmd_mean_distance(const mmd_arguments &);
+void mmd_median_distance(const mmd_arguments &);
 }  // namespace DDFAST_LEVEL
 
 const kernel_table *DDFAST_JOIN(kernel_table_, DDFAST_LEVEL)() {
@@ -42,6 +46,10 @@ const kernel_table *DDFAST_JOIN(kernel_table_, DDFAST_LEVEL)() {
       DDFAST_LEVEL::first_block_scratch,
       DDFAST_LEVEL::first_block,
       DDFAST_LEVEL::multi_formation,
+      DDFAST_LEVEL::mmd_scratch,
+      DDFAST_LEVEL::mmd,
+      DDFAST_LEVEL::mmd_mean_distance,
+      DDFAST_LEVEL::mmd_median_distance,
   };
   return &table;
 }
