@@ -401,7 +401,10 @@ def _bandwidths(
             return values
     else:
         try:
-            numbers = [float(h) for h in ([bandwidth] if isinstance(bandwidth, (int, float)) else bandwidth)]
+            numbers = [
+                float(h)
+                for h in ([bandwidth] if isinstance(bandwidth, (int, float)) else bandwidth)
+            ]
         except (TypeError, ValueError):
             raise TypeError(
                 f"bandwidth: got {bandwidth!r}, expected None, 'median', numbers or a tensor"

@@ -29,8 +29,16 @@ SMALL: dict[str, dict[str, Any]] = {
     "dsac": {"iterations": 4, "outer_loop": 2, "inner_loop": 1, "batch_real": 4, "inner_warmup": 1},
     "idc": {"iterations": 4, "inner_loop": 2, "batch_real": 4, "n_data": 8, "init": "real"},
     "idc_i": {"iterations": 4, "inner_loop": 2, "n_data": 8, "step": "per_class"},
-    "idm": {"iterations": 7, "batch_real": 4, "net_generate_interval": 2, "net_num": 4,
-            "model_train_steps": 2, "reset_interval": 4, "factor": 2, "init": "real"},
+    "idm": {
+        "iterations": 7,
+        "batch_real": 4,
+        "net_generate_interval": 2,
+        "net_num": 4,
+        "model_train_steps": 2,
+        "reset_interval": 4,
+        "factor": 2,
+        "init": "real",
+    },
     "m3d": {"iterations": 7, "batch_real": 4, "factor": 2, "init": "real"},
 }
 

@@ -38,6 +38,7 @@ from torch import Tensor
 from ddfast import nets
 from ddfast.augment import DSA
 from ddfast.data import Dataset
+from ddfast.losses import mmd_and_gradient
 from ddfast.methods.class_steps import at_their_turn, check_class_steps, step_by_class
 from ddfast.methods.config import Config as Shared
 from ddfast.methods.config import setting
@@ -69,9 +70,7 @@ class Config(Shared):
 
     batch_real: int = setting("real images per class and step", 64, least=1)
     batch_syn_max: int = setting("decoded images of a class and step at most", 200, least=1)
-    aug_type: str = setting(
-        "augmentations in matching, joined by _, or none", "color_crop_cutout"
-    )
+    aug_type: str = setting("augmentations in matching, joined by _, or none", "color_crop_cutout")
     kernel: Literal["gaussian", "linear", "polynomial", "laplace"] = setting(
         "of the discrepancy; laplace is M3D's own", "gaussian"
     )
@@ -162,34 +161,6 @@ def discrepancy(group: Group, kernel: str) -> tuple[Tensor, Tensor]:
     for size in sorted(set(sizes)):
         places = [c for c, n in enumerate(sizes) if n == size]
         here = torch.tensor(places, device=syn.device)
-        value, by_syn = mmd_and_gradient(
-            syn[here], torch.stack([real[c] for c in places]), kernel, None, False
-        )
+        value, by_syn = mmd_and_gradient(syn[here], torch.stack([real[c] for c in places]), kernel)
         losses[here], by_features[here] = value.to(losses.dtype), by_syn
     return losses, by_features.flatten(0, 1)
-
-
-def mmd_and_gradient(
-    x: Tensor, y: Tensor, kernel: str, bandwidth: None, unbiased: bool
-) -> tuple[Tensor, Tensor]:
-    """Stand-in until the operator is there."""
-    leaf = x.detach().requires_grad_()
-    z = torch.cat([leaf, y], 1)
-    products = z @ z.mT
-    squares = products.diagonal(dim1=1, dim2=2)
-    distances = (squares.unsqueeze(1) + squares.unsqueeze(2) - 2 * products).clamp(min=0)
-    n, m = z.shape[1], x.shape[1]
-    if kernel == "gaussian":
-        width = distances.detach().sum((1, 2), keepdim=True) / (n * n - n)
-        width = torch.where(width > 0, width, 1)
-        k = sum(torch.exp(-distances / (width * 2.0**j)) for j in range(-2, 3))
-    elif kernel == "linear":
-        k = products
-    elif kernel == "polynomial":
-        k = (products + 1) ** 2
-    else:
-        k = sum(torch.exp(-g * distances) for g in (0.1, 1.0, 5.0))
-    value = (
-        k[:, :m, :m].mean((1, 2)) - 2 * k[:, :m, m:].mean((1, 2)) + k[:, m:, m:].mean((1, 2))
-    )
-    return value.detach(), torch.autograd.grad(value.sum(), leaf)[0]

@@ -189,7 +189,11 @@ def _backward(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:
     x, y, bandwidths = ctx.saved_tensors
     gradients, ctx.gradients = ctx.gradients, []
     given = dict(zip([n for n in "xy" if getattr(ctx, f"has_{n}")], gradients, strict=False))
-    if ("x" in given or not need_x) and ("y" in given or not need_y) and not torch.is_grad_enabled():
+    if (
+        ("x" in given or not need_x)
+        and ("y" in given or not need_y)
+        and not torch.is_grad_enabled()
+    ):
         # Handed over once, then forgotten: a second backward recomputes, so nobody else holds them.
         found = [_scaled(given[n], grad) for n, need in (("x", need_x), ("y", need_y)) if need]
     else:
