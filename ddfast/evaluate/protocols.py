@@ -151,7 +151,7 @@ def protocol(
         dataset: decides about the augmentation.
         batchnorm: whether the networks have batch normalisation.
         epochs, batch, lr, dsa_strategy: override the preset.
-        ipc, factor: for `idc` and `m3d`, images of each class after decoding, and the factor they were
+        ipc, factor: for `idc`, images of each class after decoding, and the factor they were
             decoded with.
 
     Raises:

@@ -1,4 +1,4 @@
-"""IDM: DM on quadrants of the images, in networks that learn, with a cross-entropy that trusts them.
+"""IDM: DM on quadrants of the images, in networks that learn, and their cross-entropy.
 
 Zhao G., Li, Qin and Yu, Improved Distribution Matching for Dataset Condensation, CVPR 2023
 (arXiv 2307.09742). A stored image holds four, one in each quadrant, enlarged to full size before
@@ -40,7 +40,6 @@ from ddfast.data import Dataset
 from ddfast.losses import class_mean
 from ddfast.methods import network_queue
 from ddfast.methods.class_steps import at_their_turn, check_class_steps, step_by_class
-from ddfast.methods.config import Config as Shared
 from ddfast.methods.config import dsa_strategy, setting
 from ddfast.methods.dm import real_batch
 from ddfast.methods.feature_matching import (
@@ -60,7 +59,7 @@ PROTOCOL = "dm"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Shared):
+class Config(network_queue.Config):
     """Settings of IDM, by default those of the released code's commands."""
 
     batch_real: int = setting("real images per class and step (256; ipc 1: 5000)", least=1)
@@ -69,17 +68,6 @@ class Config(Shared):
     step: Literal["joint", "per_class"] = setting(
         "optimiser steps: one after each class as published, or joint"
     )
-    net_num: int = setting("networks in the queue at most", least=1)
-    net_generate_interval: int = setting("iterations between two new ones", least=1)
-    fetch_net_num: int = setting("networks that are trained in an iteration", 2, least=0)
-    model_train_steps: int = setting("steps of training, each time", least=0)
-    reset_interval: int = setting(
-        "iterations until accuracies are counted anew", aliases=("eval_interval",), least=1
-    )
-    lr_net: float = setting("learning rate of the networks", 0.01, above=0)
-    momentum_net: float = setting("their momentum", 0.9, least=0, below=1)
-    weight_decay: float = setting("their weight decay", 5e-4, least=0)
-    batch_train: int = setting("their batch size", aliases=("trained_bs",), least=1)
 
     def published(self, dataset: Dataset) -> Mapping[str, Any]:
         """20001 iterations, four real images in each stored one, lr_img 0.2, and by data set and
@@ -151,22 +139,22 @@ def step(run: Run) -> Tensor:
     """One update of the images, then training. Returns the loss of each class, (num_classes,)."""
     config = run.config
     assert isinstance(config, Config)
-    state = network_queue.begin(run, config)
+    state = network_queue.begin(run)
     queue = network_queue.numbers(config, run.iteration)
     random = run.generator("choice of networks")
     chosen = queue[int(torch.randint(len(queue), (), generator=random))]
     trained = torch.randperm(len(queue), generator=random)[: config.fetch_net_num].tolist()
 
-    net = network_queue.load(run, config, state, chosen)
-    weight = config.ce_weight * network_queue.accuracy(config, state, chosen)
+    net = network_queue.load(run, state, chosen)
+    weight = config.ce_weight * network_queue.accuracy(state, chosen)
     per_class = config.step == "per_class"
     gradients, losses = sweep(
         *(run, net, real_batch(run), partial(means_and_cross_entropy, weight=weight)),
         tensors={"images": at_their_turn(run)} if per_class else None,
     )
-    run.update(gradients, losses, step=partial(step_by_class, run) if per_class else None)
+    run.update(gradients, losses, "", partial(step_by_class, run) if per_class else None)
     for turn, place in enumerate(trained):
-        network_queue.train(run, config, state, queue[place], turn)
+        network_queue.train(run, state, queue[place], turn)
     run.state = state
     return losses
 

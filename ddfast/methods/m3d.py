@@ -148,7 +148,7 @@ def step(run: Run) -> Tensor:
         tensors={"images": at_their_turn(run)} if per_class else None,
         fewer=partial(subset, run, most=config.batch_syn_max),
     )
-    run.update(gradients, losses, step=partial(step_by_class, run) if per_class else None)
+    run.update(gradients, losses, "", partial(step_by_class, run) if per_class else None)
     return losses
 
 

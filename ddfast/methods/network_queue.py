@@ -16,13 +16,15 @@ never written in place:
 
 from __future__ import annotations
 
-from typing import Protocol
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from ddfast import nets
+from ddfast.methods.config import Config as Shared
+from ddfast.methods.config import setting
 from ddfast.methods.run import Diverged, Interrupted, Run
 from ddfast.nets import Network
 from ddfast.random import generator
@@ -33,44 +35,49 @@ START = 3
 ACCURACY = "queue.accuracy"
 
 
-class Settings(Protocol):
-    """The fields of a config that a queue needs."""
+@dataclass(frozen=True, kw_only=True)
+class Config(Shared):
+    """The settings of a queue, for a method's config to inherit."""
 
-    net_num: int
-    net_generate_interval: int
-    reset_interval: int
-    model_train_steps: int
-    batch_train: int
-    lr_net: float
-    momentum_net: float
-    weight_decay: float
+    net_num: int = setting("networks in the queue at most", least=1)
+    net_generate_interval: int = setting("iterations between two new ones", least=1)
+    fetch_net_num: int = setting("networks that are trained in an iteration", 2, least=0)
+    model_train_steps: int = setting("steps of training, each time", least=0)
+    reset_interval: int = setting(
+        "iterations until accuracies are counted anew", aliases=("eval_interval",), least=1
+    )
+    lr_net: float = setting("learning rate of the networks", 0.01, above=0)
+    momentum_net: float = setting("their momentum", 0.9, least=0, below=1)
+    weight_decay: float = setting("their weight decay", 5e-4, least=0)
+    batch_train: int = setting("their batch size", aliases=("trained_bs",), least=1)
 
 
-def numbers(settings: Settings, iteration: int) -> range:
+def numbers(config: Config, iteration: int) -> range:
     """The networks that are in the queue while an iteration lasts, the oldest first."""
-    joined = START + 1 + iteration // settings.net_generate_interval
-    return range(max(0, joined - settings.net_num), joined)
+    joined = START + 1 + iteration // config.net_generate_interval
+    return range(max(0, joined - config.net_num), joined)
 
 
-def begin(run: Run, settings: Settings) -> dict[str, Tensor]:
+def begin(run: Run) -> dict[str, Tensor]:
     """The state as this iteration finds it: newcomers have joined, counts begin anew if it is time.
 
     A mapping of its own, for `train` to change and for the step to put into the run at its end.
     """
-    state = dict(run.state)
+    config, state = run.config, dict(run.state)
+    assert isinstance(config, Config)
     if run.iteration == 0:
-        state[ACCURACY] = torch.zeros(settings.net_num, 2, dtype=torch.int64, device=run.device)
-    elif run.iteration % settings.reset_interval == 0:
+        state[ACCURACY] = torch.zeros(config.net_num, 2, dtype=torch.int64, device=run.device)
+    elif run.iteration % config.reset_interval == 0:
         state[ACCURACY] = torch.zeros_like(state[ACCURACY])
-    before = numbers(settings, run.iteration - 1) if run.iteration else range(0)
-    for number in numbers(settings, run.iteration):
+    before = numbers(config, run.iteration - 1) if run.iteration else range(0)
+    for number in numbers(config, run.iteration):
         if number not in before:
-            _join(run, settings, state, number)
+            _join(run, state, number)
     return state
 
 
-def _join(run: Run, settings: Settings, state: dict[str, Tensor], number: int) -> None:
-    slot = number % settings.net_num
+def _join(run: Run, state: dict[str, Tensor], number: int) -> None:
+    slot = _slot(state, number)
     nets.initialise(run.net, generator(run.config.seed, "queue", number))
     for name, parameter in run.net.named_parameters():
         state[f"queue.{slot}.weight.{name}"] = parameter.detach().clone()
@@ -80,22 +87,26 @@ def _join(run: Run, settings: Settings, state: dict[str, Tensor], number: int) -
     state[ACCURACY] = accuracy
 
 
-def load(run: Run, settings: Settings, state: dict[str, Tensor], number: int) -> Network:
+def _slot(state: dict[str, Tensor], number: int) -> int:
+    return number % len(state[ACCURACY])
+
+
+def load(run: Run, state: dict[str, Tensor], number: int) -> Network:
     """The run's network with the weights of one from the queue, in evaluation mode."""
-    slot = number % settings.net_num
+    slot = _slot(state, number)
     with torch.no_grad():
         for name, parameter in run.net.named_parameters():
             parameter.copy_(state[f"queue.{slot}.weight.{name}"])
     return run.net.eval()
 
 
-def accuracy(settings: Settings, state: dict[str, Tensor], number: int) -> float:
+def accuracy(state: dict[str, Tensor], number: int) -> float:
     """In percent, on the batches that it was trained on since the last reset; 0 without any."""
-    seen, right = state[ACCURACY][number % settings.net_num].tolist()
+    seen, right = state[ACCURACY][_slot(state, number)].tolist()
     return 100 * right / seen if seen else 0.0
 
 
-def train(run: Run, settings: Settings, state: dict[str, Tensor], number: int, turn: int) -> None:
+def train(run: Run, state: dict[str, Tensor], number: int, turn: int) -> None:
     """Some steps on batches of real images, all different within a batch, without augmentation.
 
     Args:
@@ -106,10 +117,11 @@ def train(run: Run, settings: Settings, state: dict[str, Tensor], number: int, t
         Diverged: the weights are no longer finite.
         Interrupted: the run was asked to stop.
     """
-    slot = number % settings.net_num
-    net = load(run, settings, state, number).train()
+    config, slot = run.config, _slot(state, number)
+    assert isinstance(config, Config)
+    net = load(run, state, number).train()
     optimiser = torch.optim.SGD(
-        net.parameters(), settings.lr_net, settings.momentum_net, weight_decay=settings.weight_decay
+        net.parameters(), config.lr_net, config.momentum_net, weight_decay=config.weight_decay
     )
     for name, parameter in net.named_parameters():
         momentum = state.get(f"queue.{slot}.momentum.{name}")
@@ -117,9 +129,9 @@ def train(run: Run, settings: Settings, state: dict[str, Tensor], number: int, t
             optimiser.state[parameter]["momentum_buffer"] = momentum.clone()
     random = run.generator("network images", turn)
     counted = state[ACCURACY].clone()
-    for _ in range(settings.model_train_steps):
+    for _ in range(config.model_train_steps):
         order = torch.randperm(len(run.real_images), generator=random)
-        positions = order[: settings.batch_train]
+        positions = order[: config.batch_train]
         labels = run.dataset.train_labels[positions].to(run.device)
         logits = net(run.real(positions))
         optimiser.zero_grad()
@@ -135,7 +147,7 @@ def train(run: Run, settings: Settings, state: dict[str, Tensor], number: int, t
         if not torch.isfinite(parameter).all():
             raise Diverged(
                 f"the weights ({name}) of network {number} are not finite after its training at "
-                f"iteration {run.iteration}; a smaller lr_net (now {settings.lr_net:g}) may help"
+                f"iteration {run.iteration}; a smaller lr_net (now {config.lr_net:g}) may help"
             )
         state[f"queue.{slot}.weight.{name}"] = parameter.detach().clone()
         momentum = optimiser.state[parameter].get("momentum_buffer")

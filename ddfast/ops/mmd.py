@@ -227,9 +227,18 @@ def _bwd_reference(
 
 
 def _bwd_cpu(
-    compiled: Any, grad: Tensor, x: Tensor, y: Tensor, bandwidths: Tensor, *arguments: Any
+    compiled: Any,
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor,
+    bandwidths: Tensor,
+    kernel: str,
+    degree: int,
+    unbiased: bool,
+    need_x: bool,
+    need_y: bool,
 ) -> list[Tensor]:
-    return _cpu(compiled, x, y, bandwidths, *arguments, scale=grad)[1]
+    return _cpu(compiled, x, y, bandwidths, kernel, degree, unbiased, need_x, need_y, grad)[1]
 
 
 def _bwd_cuda(kernels: Any, *arguments: Any) -> Any:

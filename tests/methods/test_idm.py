@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ddfast import data, methods, nets
 from ddfast.data import normalise
 from ddfast.memory import FIRST_ORDER
-from ddfast.methods import Diverged, Run, dm, idm, network_queue
+from ddfast.methods import Diverged, Run, idm, network_queue
 from ddfast.random import generator
 from ddfast.synthetic import decode
 from ddfast.synthetic.multi_formation import quadrants
@@ -174,8 +174,7 @@ def test_cross_entropy_is_off_until_a_network_was_trained(make_dataset, make_run
     runs = [make_run("idm", dataset, **SETTINGS, ce_weight=w) for w in (0.0, 3.0)]
     first, second = ([idm.step(run)] for run in runs)
     assert torch.equal(first[0], second[0])
-    config = runs[0].config
-    trained = [k for k in range(4) if network_queue.accuracy(config, runs[0].state, k)]
+    trained = [k for k in range(4) if network_queue.accuracy(runs[0].state, k)]
     assert 1 <= len(trained) <= 2
     for run in runs:
         run.iteration = 1
@@ -185,10 +184,9 @@ def test_cross_entropy_is_off_until_a_network_was_trained(make_dataset, make_run
     assert difference.min() > 3 * 75 * 0.1  # in percent, not as a fraction
 
 
-def test_the_accuracy_is_in_percent(make_dataset, make_run) -> None:
-    run = make_run("idm", make_dataset([7, 4, 9]), **SETTINGS)
+def test_the_accuracy_is_in_percent() -> None:
     state = {network_queue.ACCURACY: torch.tensor([[0, 0], [8, 6], [5, 5], [4, 0]])}
-    found = [network_queue.accuracy(run.config, state, number) for number in (4, 5, 6, 7)]
+    found = [network_queue.accuracy(state, number) for number in (4, 5, 6, 7)]
     assert found == [0.0, 75.0, 100.0, 0.0]
 
 
@@ -211,7 +209,7 @@ def test_who_joins_takes_the_place_of_the_oldest(make_dataset, make_run) -> None
     go(run, 2)
     before = dict(run.state)
     assert network_queue.ACCURACY in before
-    state = network_queue.begin(run, run.config)  # iteration 2: number 4 joins in the place of 0
+    state = network_queue.begin(run)  # iteration 2: number 4 joins in the place of 0
     changed = {name for name in state if state[name] is not before.get(name)}
     weights = {name for name in before if name.startswith("queue.0.weight.")}
     assert weights and changed == weights | {network_queue.ACCURACY}
@@ -219,7 +217,7 @@ def test_who_joins_takes_the_place_of_the_oldest(make_dataset, make_run) -> None
     assert any(name.startswith("queue.1.momentum.") for name in state)
     assert state[network_queue.ACCURACY][:, 0].tolist() == [0, 36, 36, 36]
     run.iteration = 3
-    assert network_queue.begin(run, run.config)[network_queue.ACCURACY].sum() == 0  # the reset
+    assert network_queue.begin(run)[network_queue.ACCURACY].sum() == 0  # the reset
 
 
 def test_a_step_writes_nothing_that_was_there(make_dataset, make_run, monkeypatch) -> None:
@@ -336,18 +334,11 @@ def test_small_images_are_not_divided(make_dataset) -> None:
     assert given.factor == 2
 
 
-def test_a_short_run_on_digits_brings_the_features_closer() -> None:
-    """Judged by DM's loss in networks that the run has never seen."""
+def test_a_short_run_on_digits_lowers_the_loss() -> None:
+    """Of one network that stays as it is: as it learns, its accuracy weighs more and more."""
     digits = data.load("digits")
-    config = methods.resolve(idm.Config(ipc=1, iterations=25), digits)
-    run = methods.start(config, digits, 1 << 30)
+    config = idm.Config(ipc=1, iterations=25, net_num=1, net_generate_interval=25, fetch_net_num=0)
+    run = methods.start(methods.resolve(config, digits), digits, 1 << 30)
     idm.check(run)
-    judge = methods.start(methods.resolve(dm.Config(ipc=1, seed=9), digits), digits, 1 << 30)
-    values = []
-    for iterations in (0, 25):
-        go(run, iterations)
-        net = judge.fresh_net().requires_grad_(False)
-        images = {"images": run.images.detach()}
-        found = dm.sweep(judge, net, dm.real_batch(judge), dm.mean_features, tensors=images)
-        values.append(found[1].sum().item())
-    assert values[1] < 0.8 * values[0]
+    losses = [each.sum().item() for each in go(run, 25)]
+    assert sum(losses[-5:]) < 0.6 * sum(losses[:5])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -240,7 +241,7 @@ def test_a_network_serves_so_many_iterations(make_dataset, make_run) -> None:
     for _ in range(7):
         go(run, 1)
         weights.append(run.net.classifier.weight.detach().clone())
-    same = [torch.equal(a, b) for a, b in zip(weights, weights[1:], strict=False)]
+    same = [torch.equal(a, b) for a, b in pairwise(weights)]
     assert same == [True, True, False, True, True, False]
 
 
@@ -305,9 +306,10 @@ def test_published_settings(make_dataset, size, factor) -> None:
 
 
 def test_a_short_run_on_digits_lowers_the_loss() -> None:
+    """Of one network, for others have other losses."""
     digits = data.load("digits")
-    config = methods.resolve(m3d.Config(ipc=1, iterations=40), digits)
+    config = methods.resolve(m3d.Config(ipc=1, iterations=25, ipm=25), digits)
     run = methods.start(config, digits, 1 << 30)
     m3d.check(run)
-    losses = [each.sum().item() for each in go(run, 40)]
+    losses = [each.sum().item() for each in go(run, 25)]
     assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
