@@ -82,9 +82,9 @@ def _join(run: Run, state: dict[str, Tensor], number: int) -> None:
     for name, parameter in run.net.named_parameters():
         state[f"queue.{slot}.weight.{name}"] = parameter.detach().clone()
         state.pop(f"queue.{slot}.momentum.{name}", None)
-    accuracy = state[ACCURACY].clone()
-    accuracy[slot] = 0
-    state[ACCURACY] = accuracy
+    counted = state[ACCURACY].clone()
+    counted[slot] = 0
+    state[ACCURACY] = counted
 
 
 def _slot(state: dict[str, Tensor], number: int) -> int:
