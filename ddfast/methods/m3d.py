@@ -86,17 +86,19 @@ class Config(Shared):
     def published(self, dataset: Dataset) -> Mapping[str, Any]:
         """10000 iterations, four real images in each stored one, lr_img 10.
 
-        Images whose cells would be less than 8 pixels wide are not divided.
+        Images whose cells would be less than 8 pixels wide are not divided. For digits 500
+        iterations and an lr_img chosen on a split of their training images.
         """
         divided = min(dataset.size) // 2 >= LEAST_CELL
         own = self.parametrisation in (None, "pixels", "multi_formation")
+        digits = dataset.name == "digits"
         return {
             **super().published(dataset),
             "parametrisation": "multi_formation",
             "factor": 2 if divided else 1,
-            "iterations": 10000,
+            "iterations": 500 if digits else 10000,
             "init": "mix" if self.parametrisation in (None, "multi_formation") else "real",
-            "lr_img": 10.0,
+            "lr_img": DIGITS_LR[self.ipc >= 10] if digits else 10.0,
             "step": "per_class" if own else "joint",
         }
 
@@ -111,6 +113,12 @@ class Config(Shared):
 
     def augmentation(self) -> DSA:
         return DSA(self.aug_type, mode="C")
+
+
+DIGITS_LR = (0.02, 1.0)
+"""Below ipc 10, and from there on. On a split of the training images and with 300 iterations: at
+ipc 1 0.01 had 91.1, 0.05 90.7 and 0.2 83.6 %; at ipc 10 1 had 97.5, 3 94.4 and 0.1 and 0.5 (with
+fewer epochs) 92.3 and 95.0 %; 1000 iterations with 1 had 97.8 %."""
 
 
 def check(run: Run) -> None:
