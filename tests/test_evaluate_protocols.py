@@ -29,7 +29,7 @@ def test_what_all_presets_share(name):
     chosen = protocol(name, named("CIFAR10"))
     assert chosen.name == name
     assert (chosen.lr, chosen.momentum, chosen.weight_decay) == (0.01, 0.9, 5e-4)
-    assert chosen.batch == (64 if name == "idc" else 256)
+    assert chosen.batch == (64 if name in ("idc", "m3d") else 256)
 
 
 @pytest.mark.parametrize("name", ["dsa", "dm"])
@@ -45,6 +45,20 @@ def test_augmented_presets(name, dataset, strategy):
     assert protocol(name, named(dataset), dsa_strategy="crop").strategy == "crop"
     without = protocol(name, named(dataset), dsa_strategy="none")
     assert (without.epochs, without.augmentation, without.strategy) == (1000, "none", "")
+
+
+@pytest.mark.parametrize(("ipc", "factor"), [(1, 1), (40, 2)])
+@pytest.mark.parametrize(
+    ("dataset", "strategy"),
+    [("CIFAR10", "color_crop_flip_scale_rotate"), ("SVHN", "color_crop_scale_rotate"),
+     ("MNIST", "color_crop_scale_rotate"), ("digits", "color_crop_scale_rotate")],
+)  # fmt: skip
+def test_m3d_mixes_always_and_cuts_out_never(dataset, strategy, ipc, factor):
+    """IDC's preset has exceptions for SVHN and MNIST."""
+    chosen = protocol("m3d", named(dataset), ipc=ipc, factor=factor)
+    assert (chosen.epochs, chosen.schedule, chosen.cutmix) == (1500, "multistep", 0.5)
+    assert (chosen.augmentation, chosen.strategy) == ("idc", strategy)
+    assert protocol("m3d", named(dataset), dsa_strategy="crop").strategy == "crop"
 
 
 @pytest.mark.parametrize(

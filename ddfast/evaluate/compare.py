@@ -76,7 +76,7 @@ def evaluate(
             `(N, channels, H, W)`, float normalised as the data set is or uint8, and int64 labels.
         dataset: its test images decide; `ddfast.data.hold_out` for choosing settings without them.
         models: names for `ddfast.nets.build`.
-        protocol: `"dc"`, `"dsa"`, `"dm"` or `"idc"`, see `ddfast.evaluate.protocol`.
+        protocol: `"dc"`, `"dsa"`, `"dm"`, `"idc"` or `"m3d"`, see `ddfast.evaluate.protocol`.
         num_eval: networks for each set.
         seed: all random numbers follow from it: the selections from (seed, "evaluate: selection",
             number), the networks as in `ddfast.evaluate.train_networks`.

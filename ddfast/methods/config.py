@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_ty
 import torch
 from torch import Tensor
 
+from ddfast.augment import DSA
 from ddfast.data import Dataset, canonical_name, names
 from ddfast.synthetic.parametrisation import recipe, starting_set
 
@@ -157,6 +158,10 @@ class Config(Settings):
             size: (H, W) of the data set's images.
         """
         return recipe(self.parametrisation, self.factor or 1, size, self.space)
+
+    def augmentation(self) -> DSA:
+        """Of the images that are matched; the identity for methods without."""
+        return DSA(getattr(self, "dsa_strategy", "none"))
 
     @property
     def rows(self) -> str:

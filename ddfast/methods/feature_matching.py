@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -110,6 +110,7 @@ def sweep(
     held: int = 0,
     tensors: Mapping[str, Tensor] | None = None,
     classes: tuple[int, int] | None = None,
+    fewer: Callable[[Decoded], Decoded] | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Every class matched once.
 
@@ -118,6 +119,7 @@ def sweep(
         held: numbers that the statistic holds for a class, beside the mean of its features.
         tensors: what is learned, if not `run.tensors`.
         classes: first and end of those that are matched; None: all.
+        fewer: chooses of the decoded images those that are matched, such as `subset`.
 
     Returns:
         Gradients of the summed losses by what is learned, and the losses, (classes,).
@@ -131,6 +133,8 @@ def sweep(
     for first in range(begin, stop, together):
         end = min(first + together, stop)
         made = run.decoded(first, end, tensors)
+        if fewer is not None:
+            made = fewer(made)
         x = run.augment(run.normalised(made.images), real.draw[:, first:end], made.counts)
 
         def value(found: Tensor, first: int = first, end: int = end, made: Decoded = made):  # type: ignore[no-untyped-def]
@@ -143,6 +147,21 @@ def sweep(
         if run.stop:
             raise Interrupted
     return gradients, torch.cat(losses)
+
+
+def subset(run: Run, made: Decoded, most: int) -> Decoded:
+    """At most so many of the decoded images of each class, drawn anew in every iteration."""
+    if max(made.counts) <= most:
+        return made
+    # Class by class, for the choice must not depend on which classes are together.
+    chosen, start = [], 0
+    for c, count in enumerate(made.counts, made.classes[0]):
+        random = run.generator("subset of the decoded", c)
+        chosen.append(start + torch.randperm(count, generator=random)[:most])
+        start += count
+    rows = torch.cat(chosen).to(made.images.device)
+    counts = [len(each) for each in chosen]
+    return replace(made, images=made.images[rows], labels=made.labels[rows], counts=counts)
 
 
 def there_and_back(

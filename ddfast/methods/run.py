@@ -290,7 +290,7 @@ def start(
         optimiser=config.optimiser(tensors),
         net=net,
         sampler=ClassSampler(dataset.train_labels, dataset.num_classes),
-        augment=DSA(getattr(config, "dsa_strategy", "none")),
+        augment=config.augmentation(),
         memory=memory,
         activations=activation_bytes(net, (dataset.channels, *dataset.size)),
     )
