@@ -29,6 +29,7 @@ SMALL: dict[str, dict[str, Any]] = {
     "dsac": {"iterations": 4, "outer_loop": 2, "inner_loop": 1, "batch_real": 4, "inner_warmup": 1},
     "idc": {"iterations": 4, "inner_loop": 2, "batch_real": 4, "n_data": 8, "init": "real"},
     "idc_i": {"iterations": 4, "inner_loop": 2, "n_data": 8, "step": "per_class"},
+    "cafe": {"iterations": 4, "outer_most": 3, "inner_most": 2, "batch_real": 4},
 }
 
 
@@ -112,7 +113,7 @@ def test_another_seed_gives_another_result(dataset, tmp_path) -> None:
 @pytest.mark.parametrize("momentum", [0.5, 0.0])
 @pytest.mark.parametrize(
     ("method", "update"),
-    [("dm", 0), ("dm", 5), ("dc", 3), ("dsa", 4), ("dsac", 4), ("idc", 5), ("idc_i", 3)],
+    [("dm", 0), ("dm", 5), ("dc", 3), ("dsa", 4), ("dsac", 4), ("idc", 5), ("idc_i", 3), ("cafe", 7)],
 )
 def test_an_interrupted_run_resumes_to_the_same_bits(
     dataset, tmp_path, monkeypatch, method, update, momentum

@@ -15,9 +15,10 @@ from ddfast.methods.config import dsa_strategy as published_dsa_strategy
 
 __all__ = ["PROTOCOLS", "Protocol", "protocol", "steps_matched"]
 
-PROTOCOLS = ("dc", "dsa", "dm", "idc")
+PROTOCOLS = ("dc", "dsa", "dm", "idc", "cafe")
 
 EPOCHS = 300
+EPOCHS_CAFE = 600
 EPOCHS_AUGMENTED = 1000
 
 # IDC beyond 64 pixels: epochs for up to so many images of a class, after decoding; beyond, 300.
@@ -130,6 +131,8 @@ def protocol(
               rotate; CutMix on half of the batches; 1000 epochs. Beyond 64 pixels CutMix
               on all batches and 3000 to 300 epochs by the images per class (two thirds of
               that from 100 classes on)
+    `cafe`    as `dc`, with 600 epochs where it has no augmentation; with a `dsa_strategy`
+              (CAFE+DSA) as `dsa`
     ========  ==========================================================================
 
     IDC's exceptions are kept: MNIST with factor > 1, and SVHN with one image per class and
@@ -139,7 +142,8 @@ def protocol(
     the last one. Choosing on the test set is no evaluation: here it is always the last.
 
     DSA's strategy is the published one: all operations, without flip for digits (`digits`, MNIST,
-    SVHN). With the strategy `"none"` dsa and dm keep their 1000 epochs. The papers report 20
+    SVHN). With the strategy `"none"` dsa and dm keep their 1000 epochs. `evaluate` gives cafe the
+strategy that the set was distilled with. The papers report 20
     networks for each of 5 distilled sets (DC, DSA) or 5 networks (DM); how many is up to
     `ddfast.evaluate.evaluate`.
 
@@ -158,14 +162,14 @@ def protocol(
         raise ValueError(f"protocol must be one of {', '.join(PROTOCOLS)}, got {name!r}")
     if name == "idc":
         preset = _idc(dataset, ipc, factor, dsa_strategy)
-    elif name == "dc":
-        if dsa_strategy is not None:
+    elif name == "dc" or (name == "cafe" and (dsa_strategy or "none").lower() == "none"):
+        if dsa_strategy is not None and name == "dc":
             raise ValueError("dsa_strategy has no meaning for protocol 'dc'; use another one")
         strategy = "crop_noise" if batchnorm else "crop_scale_rotate"
         if batchnorm or dataset.name == "MNIST":
             preset = Protocol(name, EPOCHS_AUGMENTED, "dc", strategy)
         else:
-            preset = Protocol(name, EPOCHS)
+            preset = Protocol(name, EPOCHS if name == "dc" else EPOCHS_CAFE)
     else:
         strategy = published_dsa_strategy(dataset) if dsa_strategy is None else dsa_strategy
         preset = Protocol(name, EPOCHS_AUGMENTED, *_augmentation("dsa", strategy))
