@@ -330,7 +330,9 @@ def _evaluate_parser() -> _Parser:
     )
     parser.flag(what, ["seed"], int, 0, "every random number of the evaluation follows from it")
     how = parser.add_argument_group("how (left out: as the protocol has it)")
-    parser.flag(how, ["protocol"], str, None, "dc, dsa, dm, idc or cafe (default: that of the method)")
+    parser.flag(
+        how, ["protocol"], str, None, "dc, dsa, dm, idc or cafe (default: that of the method)"
+    )
     parser.flag(how, ["epochs", "epoch_eval_train"], int, None, "epochs, and one more is made")
     parser.flag(how, ["batch_train"], int, None, "images a step")
     parser.flag(how, ["lr_net"], float, None, "learning rate of the networks")

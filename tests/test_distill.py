@@ -113,7 +113,16 @@ def test_another_seed_gives_another_result(dataset, tmp_path) -> None:
 @pytest.mark.parametrize("momentum", [0.5, 0.0])
 @pytest.mark.parametrize(
     ("method", "update"),
-    [("dm", 0), ("dm", 5), ("dc", 3), ("dsa", 4), ("dsac", 4), ("idc", 5), ("idc_i", 3), ("cafe", 7)],
+    [
+        ("dm", 0),
+        ("dm", 5),
+        ("dc", 3),
+        ("dsa", 4),
+        ("dsac", 4),
+        ("idc", 5),
+        ("idc_i", 3),
+        ("cafe", 7),
+    ],
 )
 def test_an_interrupted_run_resumes_to_the_same_bits(
     dataset, tmp_path, monkeypatch, method, update, momentum

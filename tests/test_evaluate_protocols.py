@@ -131,7 +131,9 @@ def test_bad_overrides(error, arguments, message):
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match="protocol must be one of dc, dsa, dm, idc, cafe, got 'mtt'"):
+    with pytest.raises(
+        ValueError, match="protocol must be one of dc, dsa, dm, idc, cafe, got 'mtt'"
+    ):
         protocol("mtt", named("CIFAR10"))
     with pytest.raises(ValueError, match="dsa_strategy has no meaning"):
         protocol("dc", named("CIFAR10"), dsa_strategy="crop")

@@ -142,10 +142,9 @@ def protocol(
     the last one. Choosing on the test set is no evaluation: here it is always the last.
 
     DSA's strategy is the published one: all operations, without flip for digits (`digits`, MNIST,
-    SVHN). With the strategy `"none"` dsa and dm keep their 1000 epochs. `evaluate` gives cafe the
-strategy that the set was distilled with. The papers report 20
-    networks for each of 5 distilled sets (DC, DSA) or 5 networks (DM); how many is up to
-    `ddfast.evaluate.evaluate`.
+    SVHN). With the strategy `"none"` dsa and dm keep their 1000 epochs. `ddfast.evaluate.evaluate`
+    gives cafe the strategy that the set was distilled with. The papers report 20 networks for each
+    of 5 distilled sets (DC, DSA) or 5 networks (DM); how many is up to the evaluation.
 
     Args:
         name: one of `PROTOCOLS`.

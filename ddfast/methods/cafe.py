@@ -1,17 +1,17 @@
-"""CAFE: matching what every block of a network makes of a class, and telling real images apart by it.
+"""CAFE: matching what every block makes of a class, by which real images are told apart, too.
 
 Wang et al., CAFE: Learning to Condense Dataset by Aligning FEatures, CVPR 2022 (arXiv 2203.01531).
-Of a ConvNet with D blocks f_1, ..., f_D are the activations before pooling and f the features before
-the classifier, which is the last block's activation after pooling; mu_l and mu are the means of a
-class, over a batch of real images x or over all synthetic images s. Per image update
+Of a ConvNet with D blocks f_1, ..., f_D are the activations before pooling, and f the features
+before the classifier: f_D pooled. mu_l and mu are their means over a class, of a batch of real
+images x or of all synthetic images s. Per image update
 
     L = sum_c sum_l w_l | mu_l(x) - mu_l(s) |^2 + (w + 1) | mu(x) - mu(s) |^2
       + 0.01 sum_i CE( logits <f(x_i), mu(s of class c)> over the classes c, y_i )
 
 with the squares summed over all values, and the cross-entropy over all real images. The published
-weights belong to D = 3: 0.1, 0.1 and 1 for the blocks and w = 1; the released code counts the pooled
-map once more as the features, hence w + 1. For another depth the last block has 1 and all blocks
-before it 0.1.
+weights belong to D = 3: 0.1, 0.1 and 1 for the blocks and w = 1. The released code counts the last
+pooled map once more as the features, hence w + 1. For another depth the last block has 1 and all
+blocks before it 0.1.
 
 Schedule. Each iteration draws a network theta. After each image update the accuracy of theta on 128
 real images of each class is taken, and the iteration ends once the last ten accuracies lie within
@@ -86,9 +86,7 @@ class Config(Shared):
     second_weight: float = setting("weight of the last block before pooling", 1.0, least=0)
     third_weight: float = setting("weight of every block before the last", 0.1, least=0)
     inner_weight: float = setting("weight of the discrimination of real images", 0.01, least=0)
-    lambda_1: float = setting(
-        "an iteration ends when ten accuracies lie within it", 0.04, least=0
-    )
+    lambda_1: float = setting("an iteration ends when ten accuracies lie within it", 0.04, least=0)
     lambda_2: float = setting(
         "network training ends when ten accuracies differ by more", 0.03, least=0
     )

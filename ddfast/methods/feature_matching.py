@@ -185,7 +185,7 @@ def kept(run: Run, net: Network, x: Tensor, counts: list[int] | None = None) -> 
         return features(net, x, counts, keep=True, layers=layers)
     counts = counts or [len(x)]
     pieces = list(pieces_of(counts, most))
-    rows, maps = [], []
+    rows, maps = list[Tensor](), list[Tensor]()
     for piece, first, within in pieces:
         found = features(net, x[piece], within, layers=layers)
         rows.append(found.features)
