@@ -279,8 +279,8 @@ def test_accuracy_is_that_of_classes(make_dataset, make_run) -> None:
 def test_chunks_change_nothing_beyond_rounding(
     make_dataset, make_run, monkeypatch, images_at_once
 ) -> None:
-    dataset = make_dataset([7, 3, 9, 2])
-    settings = SETTINGS | {"ipc": 3, "dsa_strategy": "color_crop", "batch_real": 6}
+    dataset = make_dataset([9, 13, 9, 2])
+    settings = SETTINGS | {"ipc": 3, "dsa_strategy": "color_crop", "batch_real": 12}
     whole = make_run("cafe", dataset, **settings)
     go(whole, 2)
     run = make_run("cafe", dataset, **settings)
@@ -303,8 +303,9 @@ def test_chunks_change_nothing_beyond_rounding(
     go(run, 2)
     torch.testing.assert_close(run.images, whole.images, rtol=1e-10, atol=1e-11)
     assert len(groups) == (2 if images_at_once == 9 else 4)
-    assert max(sizes) < 10  # and all real images go through once in each of the updates
-    assert sum(sizes) == 2 * 3 * (6 + 3 + 6 + 2)
+    # All real images go through once in each of the updates, some at a time.
+    assert sum(sizes) == 2 * 3 * (9 + 12 + 9 + 2)
+    assert max(sizes) < 20
 
 
 @pytest.mark.parametrize("parametrisation", ["multi_formation", "hallucinators", "bases"])
@@ -380,5 +381,5 @@ def test_what_cannot_work_is_refused(make_dataset, make_run, settings, message) 
 def test_the_loss_of_the_digits_falls(make_run) -> None:
     settings = {"ipc": 1, "model": "ConvNetD2W8", "batch_real": 30, "lr_img": 0.1}
     run = make_run("cafe", load("digits"), outer_most=10, inner_most=1, **settings)
-    losses = [each.sum().item() for each in go(run, 2)]
+    losses = [each.sum().item() for each in go(run, 3)]
     assert losses[-1] < 0.5 * losses[0]
