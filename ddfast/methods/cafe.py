@@ -174,12 +174,12 @@ def _watch(run: Run, seen: list[float], now: float) -> None:
 def accuracy(run: Run, net: Network, *moment: int) -> float:
     """Mean over the classes of the accuracy on real training images."""
     indices, counts = run.sampler.sample_all(WATCHED, run.generator("accuracy", *moment))
-    labels = run.dataset.train_labels.to(run.device)
-    right = []
+    labels = run.dataset.train_labels[indices].to(run.device)
+    right, most = [], at_once(run, net, False)
     with torch.no_grad():
-        for piece in indices.split(at_once(run, net, False)):
+        for piece, own in zip(indices.split(most), labels.split(most), strict=True):
             logits = net.classifier(features(net, run.real(piece)).features)
-            right.append(logits.argmax(1) == labels[piece.to(run.device)])
+            right.append(logits.argmax(1) == own)
             run.processed += len(piece)
             if run.stop:
                 raise Interrupted
