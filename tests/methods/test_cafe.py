@@ -357,6 +357,12 @@ def test_settings(make_dataset) -> None:
     assert (config.first_weight, config.second_weight, config.third_weight) == (1, 1, 0.1)
 
 
+def test_the_digits_have_settings_of_their_own() -> None:
+    config = methods.resolve(cafe.Config(ipc=1), load("digits"))
+    assert (config.model, config.iterations, config.lr_img) == ("ConvNetD2W32", 12, 1.0)
+    assert (config.init, config.dsa_strategy) == ("noise", "none")
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
