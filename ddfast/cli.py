@@ -258,7 +258,7 @@ def _evaluate_parser() -> Parser:
     parser.flag(what, ["seed"], int, 0, "every random number of the evaluation follows from it")
     how = parser.add_argument_group("how (left out: as the protocol has it)")
     parser.flag(
-        how, ["protocol"], str, None, "dc, dsa, dm, idc or m3d (default: that of the method)"
+        how, ["protocol"], str, None, "such as dc, dsa, dm or idc (default: that of the method)"
     )
     parser.flag(how, ["epochs", "epoch_eval_train"], int, None, "epochs, and one more is made")
     parser.flag(how, ["batch_train"], int, None, "images a step")

@@ -40,6 +40,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "init": "real",
     },
     "m3d": {"iterations": 7, "batch_real": 4, "factor": 2, "init": "real"},
+    "cafe": {"iterations": 4, "outer_most": 3, "inner_most": 2, "batch_real": 4},
 }
 
 
@@ -124,7 +125,7 @@ def test_another_seed_gives_another_result(dataset, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("method", "update"),
     [("dm", 0), ("dm", 5), ("dc", 3), ("dsa", 4), ("dsac", 4), ("idc", 5), ("idc_i", 3),
-     ("idm", 4), ("m3d", 3)],
+     ("idm", 4), ("m3d", 3), ("cafe", 7)],
 )  # fmt: skip
 def test_an_interrupted_run_resumes_to_the_same_bits(
     dataset, tmp_path, monkeypatch, method, update, momentum

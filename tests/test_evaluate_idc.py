@@ -312,7 +312,7 @@ def test_from_the_command_line(tmp_path, capsys) -> None:
 def test_every_method_knows_the_protocol_of_its_paper() -> None:
     found = {name: method.protocol for name, method in methods.methods().items()}
     assert found == {
-        **{name: name for name in ("dc", "dsa", "dm", "idc", "m3d")},
+        **{name: name for name in ("dc", "dsa", "dm", "idc", "cafe", "m3d", "it_gan")},
         "dcc": "dc",
         "dsac": "dsa",
         "idc_i": "idc",

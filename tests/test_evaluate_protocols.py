@@ -78,6 +78,26 @@ def test_dc(dataset, batchnorm, epochs, augmentation, strategy):
     assert (chosen.augmentation, chosen.strategy) == (augmentation, strategy)
 
 
+@pytest.mark.parametrize(
+    ("dataset", "batchnorm", "epochs", "augmentation", "strategy"),
+    [
+        ("CIFAR10", False, 600, "none", ""),
+        ("digits", False, 600, "none", ""),
+        ("MNIST", False, 1000, "dc", "crop_scale_rotate"),
+        ("CIFAR10", True, 1000, "dc", "crop_noise"),
+    ],
+)
+def test_cafe(dataset, batchnorm, epochs, augmentation, strategy):
+    for given in (None, "none", "None"):
+        chosen = protocol("cafe", named(dataset), batchnorm, dsa_strategy=given)
+        assert chosen.epochs == epochs
+        assert (chosen.augmentation, chosen.strategy) == (augmentation, strategy)
+    with_dsa = protocol("cafe", named(dataset), batchnorm, dsa_strategy="color_crop")
+    assert (with_dsa.epochs, with_dsa.augmentation, with_dsa.strategy) == (
+        1000, "dsa", "color_crop"
+    )  # fmt: skip
+
+
 def test_overrides_and_steps():
     chosen = protocol("dm", named("CIFAR10"), epochs=20, batch=64, lr=0.1)
     assert (chosen.epochs, chosen.batch, chosen.lr, chosen.passes) == (20, 64, 0.1, 21)

@@ -76,14 +76,15 @@ def evaluate(
             `(N, channels, H, W)`, float normalised as the data set is or uint8, and int64 labels.
         dataset: its test images decide; `ddfast.data.hold_out` for choosing settings without them.
         models: names for `ddfast.nets.build`.
-        protocol: `"dc"`, `"dsa"`, `"dm"`, `"idc"` or `"m3d"`, see `ddfast.evaluate.protocol`.
+        protocol: `"dc"`, `"dsa"`, `"dm"`, `"idc"`, ...: see `ddfast.evaluate.protocol`.
         num_eval: networks for each set.
         seed: all random numbers follow from it: the selections from (seed, "evaluate: selection",
             number), the networks as in `ddfast.evaluate.train_networks`.
         selections: how many random selections.
         baselines: False leaves out random selections and full data.
         progress: show a bar on stderr.
-        epochs, batch, lr, dsa_strategy: override the protocol's.
+        epochs, batch, lr, dsa_strategy: override the protocol's. Without a dsa_strategy, cafe has
+            that of the artefact's config, if it is CAFE's.
         device: None for the GPU if there is one, else the CPU.
         out: folder for `report.json` and `report.md`, found to be writable before any work.
 
@@ -102,6 +103,8 @@ def evaluate(
     factor = 1
     if isinstance(distilled, Artefact) and distilled.decoder is not None:
         factor = distilled.decoder.get("factor", 1)
+    if protocol == "cafe" and dsa_strategy is None and isinstance(distilled, Artefact):
+        dsa_strategy = distilled.config.get("dsa_strategy") if distilled.method == "cafe" else None
 
     plans = []
     for model, batchnorm in names.items():

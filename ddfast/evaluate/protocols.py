@@ -15,9 +15,10 @@ from ddfast.methods.config import dsa_strategy as published_dsa_strategy
 
 __all__ = ["PROTOCOLS", "Protocol", "protocol", "steps_matched"]
 
-PROTOCOLS = ("dc", "dsa", "dm", "idc", "m3d", "it_gan")
+PROTOCOLS = ("dc", "dsa", "dm", "idc", "cafe", "m3d", "it_gan")
 
 EPOCHS = 300
+EPOCHS_CAFE = 600
 EPOCHS_AUGMENTED = 1000
 EPOCHS_IT_GAN = 200
 EPOCHS_M3D = 1500
@@ -135,6 +136,8 @@ def protocol(
               on all batches and 3000 to 300 epochs by the images per class (two thirds of
               that from 100 classes on)
     `m3d`     as `idc`, with 1500 epochs, CutMix and without cutout on all data sets
+    `cafe`    as `dc`, with 600 epochs where it has no augmentation; with a `dsa_strategy`
+              (CAFE+DSA) as `dsa`
     ========  ==========================================================================
 
     IDC's exceptions are kept: MNIST with factor > 1, and SVHN with one image per class and
@@ -145,9 +148,9 @@ def protocol(
     always the last.
 
     DSA's strategy is the published one: all operations, without flip for digits (`digits`, MNIST,
-    SVHN). With the strategy `"none"` dsa and dm keep their 1000 epochs. The papers report 20
-    networks for each of 5 distilled sets (DC, DSA) or 5 networks (DM); how many is up to
-    `ddfast.evaluate.evaluate`.
+    SVHN). With the strategy `"none"` dsa and dm keep their 1000 epochs. `ddfast.evaluate.evaluate`
+    gives cafe the strategy that the set was distilled with. The papers report 20 networks for each
+    of 5 distilled sets (DC, DSA) or 5 networks (DM); how many is up to the evaluation.
 
     Args:
         name: one of `PROTOCOLS`.
@@ -166,14 +169,14 @@ def protocol(
         preset = _idc(dataset, ipc, factor, dsa_strategy)
     elif name == "m3d":
         preset = _m3d(dataset, dsa_strategy)
-    elif name == "dc":
-        if dsa_strategy is not None:
+    elif name == "dc" or (name == "cafe" and (dsa_strategy or "none").lower() == "none"):
+        if dsa_strategy is not None and name == "dc":
             raise ValueError("dsa_strategy has no meaning for protocol 'dc'; use another one")
         strategy = "crop_noise" if batchnorm else "crop_scale_rotate"
         if batchnorm or dataset.name == "MNIST":
             preset = Protocol(name, EPOCHS_AUGMENTED, "dc", strategy)
         else:
-            preset = Protocol(name, EPOCHS)
+            preset = Protocol(name, EPOCHS if name == "dc" else EPOCHS_CAFE)
     else:
         strategy = published_dsa_strategy(dataset) if dsa_strategy is None else dsa_strategy
         epochs_here = EPOCHS_IT_GAN if name == "it_gan" else EPOCHS_AUGMENTED

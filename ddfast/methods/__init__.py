@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ddfast.methods import dc, dcc, dm, dsa, dsac, idc, idc_i, idm, it_gan, m3d
+from ddfast.methods import cafe, dc, dcc, dm, dsa, dsac, idc, idc_i, idm, it_gan, m3d
 from ddfast.methods.config import Config, as_json, resolve
 from ddfast.methods.run import Diverged, Interrupted, Run, start
 
@@ -68,6 +68,7 @@ def methods() -> dict[str, Method]:
         "it_gan": it_gan,
         "idm": idm,
         "m3d": m3d,
+        "cafe": cafe,
     }
     return {
         name: Method(
