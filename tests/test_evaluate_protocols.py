@@ -145,7 +145,7 @@ def test_bad_overrides(error, arguments, message):
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match="protocol must be one of dc, .*, got 'mtt'"):
+    with pytest.raises(ValueError, match=r"protocol must be one of dc, .*, got 'mtt'"):
         protocol("mtt", named("CIFAR10"))
     with pytest.raises(ValueError, match="dsa_strategy has no meaning"):
         protocol("dc", named("CIFAR10"), dsa_strategy="crop")

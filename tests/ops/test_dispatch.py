@@ -23,6 +23,7 @@ def caught(self, name, function, key="", **options):
 
 torch.library.Library.impl = caught
 import ddfast
+import ddfast.ops.characteristic_function
 import ddfast.ops.class_weight_grad
 import ddfast.ops.first_block
 import ddfast.ops.mmd
@@ -47,6 +48,10 @@ calls = {
     "gradient_distance": (*common, True),
     "gradient_distance_bwd": (grad, *common, True, True),
     "gradient_distance_bwd_bwd": (syn, real, grad, *common),
+    "characteristic_function": (*cubes, 2, 0, 1.0, 0, True),
+    "characteristic_function_bwd": (
+        torch.linspace(-1, 1, 12).reshape(3, 2, 2), *cubes, torch.empty(0), 2, 0, 1.0, 0, True, True
+    ),
     "class_mean": (syn[0], [2, 1]),
     "class_mean_distance": (syn[0], real[0], [2, 1], [1, 2]),
     "augment": (images, draw, False, True),
