@@ -286,7 +286,7 @@ def gradient_kernel(
                 tl.store(at, tl.load(at, mask=of_left, other=0.0) + step, mask=of_left)
             # What follows reads what other threads of this program wrote.
             tl.debug_barrier()
-        if DISTANCE or not DOT:
+        if DISTANCE or not DOT:  # noqa: SIM102 - known when the kernel is compiled, unlike the next
             if some > 0:
                 close = tl.where(near, slope, 0.0)
                 for k in range(width):
