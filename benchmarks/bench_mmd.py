@@ -1,7 +1,9 @@
 """Squared maximum mean discrepancy (M3D's and other kernels), value and gradient by x.
 
     python benchmarks/bench_mmd.py --out benchmarks/results/mmd.csv
-    python benchmarks/bench_mmd.py --memory       # peak memory at n=m=10000 instead, by processes
+    python benchmarks/bench_mmd.py --memory 10000      # peak memory at n=m=10000, d=128 instead
+
+The second form takes a process for each provider; eager needs about 20 GB at 10000 rows.
 
 The baseline is the plain formula, |a|^2 + |b|^2 - 2ab, exponentials and means, with autograd, over
 one matrix of all pooled rows, as in the published code. GFLOP/s count four products of n x m x d
@@ -29,7 +31,6 @@ import ddfast
 from ddfast import losses
 
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
-MEMORY = (10_000, 128)  # rows of each set and columns
 
 
 def by_formula(z: Tensor) -> Tensor:
@@ -166,9 +167,8 @@ def peak(device: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def memory_of(provider: str, device: str) -> dict[str, int]:
+def memory_of(provider: str, device: str, rows: int, d: int = 128) -> dict[str, int]:
     """Peak over the inputs of one value and gradient, in a process that does nothing else."""
-    rows, d = MEMORY
     options = argparse.Namespace(device=device)
     x, y = drawn(options, rows, d, seed=0), drawn(options, rows, d, seed=1)
 
@@ -186,11 +186,11 @@ def memory_of(provider: str, device: str) -> dict[str, int]:
     return {"bytes": peak(device) - before}
 
 
-def memory(device: str) -> None:
+def memory(device: str, rows: int) -> None:
     """Print the peak of each provider, each measured in a process of its own."""
     found = {}
-    for provider in ("eager", "ddfast"):
-        call = f"bench_mmd.memory_of({provider!r}, {device!r})"
+    for provider in ("ddfast", "eager"):
+        call = f"bench_mmd.memory_of({provider!r}, {device!r}, {rows})"
         code = f"import bench_mmd, json; print(json.dumps({call}))"
         done = subprocess.run(
             [sys.executable, "-c", code],
@@ -203,14 +203,17 @@ def memory(device: str) -> None:
             print(f"{provider}: failed: {done.stderr[-300:]}")
             continue
         found[provider] = json.loads(done.stdout)["bytes"]
-        print(f"n=m={MEMORY[0]}, d={MEMORY[1]}, {provider}: {found[provider] / 2**20:.1f} MiB")
+        print(f"n=m={rows}, d=128, {provider}: {found[provider] / 2**20:.1f} MiB", flush=True)
     if len(found) == 2:
         print(f"eager takes {found['eager'] / max(found['ddfast'], 1):.0f} times as much")
 
 
 if __name__ == "__main__":
     if "--memory" in sys.argv:
-        print(f"ddfast {ddfast.__version__}, torch {torch.__version__}")
-        memory("cuda" if "cuda" in sys.argv else "cpu")
+        parser = argparse.ArgumentParser(description=__doc__)
+        parser.add_argument("--memory", type=int, metavar="ROWS", help="rows of each set")
+        parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+        chosen = parser.parse_args()
+        memory(chosen.device, chosen.memory)
     else:
         run(cases, __doc__ or "")

@@ -33,8 +33,8 @@ NEAR_PART = tl.constexpr(NEAR)
 
 #: Largest tiles, in rows, and options of the compiler: without tensor cores a product keeps its
 #: operands in registers, and two products in one kernel need smaller tiles to fit.
-SUM_TILE, SUM_OPTIONS = 64, {"num_warps": 8}
-GRADIENT_TILE, GRADIENT_OPTIONS = 32, {"num_warps": 4, "num_stages": 1}
+SUM_TILE, SUM_OPTIONS = 64, {"num_warps": 8, "num_stages": 1}
+GRADIENT_TILE, GRADIENT_OPTIONS = 32, {"num_warps": 8}
 
 
 def tile_size(rows: int, largest: int) -> int:
@@ -265,8 +265,10 @@ def gradient_kernel(
             inside = inside & (i[:, None] != j[None, :])
         slope = tl.where(inside, slope, 0.0)
         if DOT:
-            far = tl.where(near, 0.0, slope)
-            own = tl.sum(far, 1)
+            far = slope
+            if DISTANCE:
+                far = tl.where(near, 0.0, slope)
+                own = tl.sum(far, 1)
             for start in range(0, width, DEPTH):
                 k = start + tl.arange(0, DEPTH)
                 of_left = (i < n)[:, None] & (k < width)[None, :]
@@ -284,18 +286,19 @@ def gradient_kernel(
                 tl.store(at, tl.load(at, mask=of_left, other=0.0) + step, mask=of_left)
             # What follows reads what other threads of this program wrote.
             tl.debug_barrier()
-        if some > 0:
-            close = tl.where(near, slope, 0.0)
-            for k in range(width):
-                right = tl.load(b + j * b_row + k, mask=j < m, other=0.0).to(ACC)
-                if DISTANCE:
-                    left = tl.load(a + i * a_row + k, mask=i < n, other=0.0).to(ACC)
-                    step = tl.sum(close * (right[None, :] - left[:, None]), 1)
-                else:
-                    step = tl.sum(close * right[None, :], 1)
-                at = target + k
-                tl.store(at, tl.load(at, mask=i < n, other=0.0) + step, mask=i < n)
-            tl.debug_barrier()
+        if DISTANCE or not DOT:  # noqa: SIM102 - known when the kernel is compiled, unlike the next
+            if some > 0:
+                close = tl.where(near, slope, 0.0)
+                for k in range(width):
+                    right = tl.load(b + j * b_row + k, mask=j < m, other=0.0).to(ACC)
+                    if DISTANCE:
+                        left = tl.load(a + i * a_row + k, mask=i < n, other=0.0).to(ACC)
+                        step = tl.sum(close * (right[None, :] - left[:, None]), 1)
+                    else:
+                        step = tl.sum(close * right[None, :], 1)
+                    at = target + k
+                    tl.store(at, tl.load(at, mask=i < n, other=0.0) + step, mask=i < n)
+                tl.debug_barrier()
 
 
 def _readable(x: Tensor) -> Tensor:
