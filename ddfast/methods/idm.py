@@ -75,7 +75,8 @@ class Config(network_queue.Config):
 
         Other ipc have the settings of the next smaller published one, and a data set that is none
         of those is treated as CIFAR-10, beyond 64 pixels as ImageNet. Images whose quadrants would
-        be less than 8 pixels wide are not divided.
+        be less than 8 pixels wide are not divided. Digits have 200 iterations, smaller batches and
+        a smaller ce_weight, chosen on a split of their training images.
         """
         divided = min(dataset.size) // 2 >= LEAST_CELL
         storable = self.parametrisation in (None, "pixels", "multi_formation")
@@ -83,7 +84,7 @@ class Config(network_queue.Config):
             **super().published(dataset),
             "parametrisation": "multi_formation",
             "factor": 2 if divided else 1,
-            "iterations": 20001,
+            "iterations": 200 if dataset.name == "digits" else 20001,
             "init": "mix" if self.parametrisation in (None, "multi_formation") else "real",
             "lr_img": 0.2,
             "batch_real": 256,
@@ -99,6 +100,8 @@ class Config(network_queue.Config):
 
 def _of_data_set(dataset: Dataset, ipc: int) -> dict[str, Any]:
     """What differs between the commands of the released code."""
+    if dataset.name == "digits":
+        return DIGITS | ({"ce_weight": 0.02} if ipc >= 10 else {})
     if dataset.name == "TinyImageNet":
         reset = 100 if ipc < 10 else 500 if ipc < 50 else 1000
         if ipc < 50:
@@ -114,6 +117,19 @@ def _of_data_set(dataset: Dataset, ipc: int) -> dict[str, Any]:
     if dataset.name == "CIFAR100" and 10 <= ipc < 50:
         found |= {"ce_weight": 0.1, "model_train_steps": 50}
     return found
+
+
+DIGITS = {
+    "ce_weight": 0.5,
+    "reset_interval": 100,
+    "net_generate_interval": 5,
+    "batch_train": 64,
+}
+"""There are 1437 of them: with the published batches, a network new every 30 iterations, each would
+have seen them a hundred times, on CIFAR-10 three times. On a split of the training images, after
+150 iterations and 300 epochs, ce_weight 0.5 had 90.3, 0.02 94.7 and 0 96.1 % at ipc 10, and the
+images at the start 92.8 %; lr_img 1 made no difference to 0.2. At ipc 1 0.5 had 89 %, with lr_img
+0.2, 1 and 5 alike."""
 
 
 def check(run: Run) -> None:
