@@ -328,7 +328,7 @@ def test_what_is_kept_changes_no_bit(limit, t, monkeypatch):
         return [value, gradient, *by_hand]
 
     expected = everything()
-    monkeypatch.setattr("ddfast.characteristic.KEPT_BYTES", limit)
+    monkeypatch.setattr("ddfast.losses.characteristic.KEPT_BYTES", limit)
     assert_same_bits(everything(), expected)
 
 
