@@ -33,7 +33,7 @@ NEAR_PART = tl.constexpr(NEAR)
 
 #: Largest tiles, in rows, and options of the compiler: without tensor cores a product keeps its
 #: operands in registers, and two products in one kernel need smaller tiles to fit.
-SUM_TILE, SUM_OPTIONS = 64, {"num_warps": 8, "num_stages": 1}
+SUM_TILE, SUM_OPTIONS = 32, {"num_warps": 8}
 GRADIENT_TILE, GRADIENT_OPTIONS = 32, {"num_warps": 8}
 
 
