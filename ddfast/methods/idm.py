@@ -22,8 +22,8 @@ Steps. An optimiser step after each class, as published, is exact up to rounding
 matched together, see `class_steps`; `step="joint"` makes one step for all.
 
 Unlike the released code: the four images in a stored one are always different ones, shrunk by
-nearest neighbour; what is reported is the last state, not the one that was best on test images. Its
-evaluation is DM's.
+nearest neighbour; what is reported is the last state, not the one that was best on test images; the
+network for ImageNet has a depth that follows the images' size. Its evaluation is DM's.
 """
 
 from __future__ import annotations

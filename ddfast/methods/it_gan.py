@@ -71,7 +71,7 @@ class Config(Shared):
     )
     dsa_strategy: str = setting("augmentations to draw from, joined by _, or none")
     batch_latents: int = setting("latents of a class in a step, each with its image", 256, least=1)
-    diversity: float = setting("weight of the distance between pairs (unverified)", 0.1, least=0)
+    diversity: float = setting("weight of the distance between pairs (unverified)", 0.01, least=0)
     lr_inversion: float = setting("learning rate of the inversion (published)", 0.1, above=0)
     inversion_steps: int = setting("steps of the inversion", 500, least=0)
 
@@ -83,12 +83,18 @@ class Config(Shared):
             )
 
     def published(self, dataset: Dataset) -> Mapping[str, Any]:
-        """lr_img (of the latents) 0.001; 5000 iterations, for digits 500, which are unverified."""
+        """lr_img (of the latents) 0.001; 5000 iterations, which are unverified.
+
+        For digits 300 iterations with 0.01: on a split of their training images, at ipc 10, 94.9 %
+        (with 0.001 93.5, with diversity 0 94.7, 0.1 93.7, 1 93.0; the inverted latents themselves
+        92.7, random selection 93.6).
+        """
+        digits = dataset.name == "digits"
         return {
             **super().published(dataset),
-            "iterations": 500 if dataset.name == "digits" else 5000,
+            "iterations": 300 if digits else 5000,
             "init": "real",
-            "lr_img": 1e-3,
+            "lr_img": 1e-2 if digits else 1e-3,
             "dsa_strategy": dsa_strategy(dataset),
         }
 

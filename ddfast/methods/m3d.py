@@ -16,7 +16,8 @@ over all pairs of a class, each image with itself included. K of the features, n
     laplace      sum over g = 0.1, 1, 5 of exp(-g |a - b|^2), as the code has it: of the squared
                  distance, and so no Laplace kernel
 
-Values are small, about 1e-3, and lr_img belongs to them: 10.
+Of many images the values are small, about 1e-3, and lr_img belongs to them: 10. A few images of
+8x8 pixels need far less.
 
 Images are clamped to [0, 1] at the start of each iteration; an optimiser step follows each class as
 in IDC, see `class_steps`. The paper's repository holds no code at the revision known to us. The

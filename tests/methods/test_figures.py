@@ -28,10 +28,13 @@ def test_distilled_images_are_better_than_random_ones(name, row) -> None:
     assert int(row["seconds"]) > 0 and int(row["iterations"]) > 0
 
 
-def test_every_method_of_gradient_matching_has_a_row_for_each_data_set() -> None:
-    for name in methods.methods().keys() - {"dm"}:
+def test_every_method_has_a_row_for_each_data_set() -> None:
+    for name in methods.methods():
         found = {(row["dataset"], row["ipc"]) for row in methods.figures(name)}
-        assert {("digits", "1"), ("generated", "1"), ("digits", "10")} <= found, name
+        wanted = {("digits", "1"), ("generated", "1"), ("digits", "10")}
+        if name == "it_gan":  # a latent for each of many images
+            wanted = {("digits", "10"), ("generated", "10")}
+        assert wanted <= found, name
 
 
 def test_the_command_shows_them(capsys) -> None:
