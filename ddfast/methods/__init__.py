@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ddfast.methods import dc, dcc, dm, dsa, dsac, idc, idc_i
+from ddfast.methods import dc, dcc, dm, dsa, dsac, idc, idc_i, ncfm
 from ddfast.methods.config import Config, as_json, resolve
 from ddfast.methods.run import Diverged, Interrupted, Run, start
 
@@ -65,6 +65,7 @@ def methods() -> dict[str, Method]:
         "dsac": dsac,
         "idc_i": idc_i,
         "idc": idc,
+        "ncfm": ncfm,
     }
     return {
         name: Method(
