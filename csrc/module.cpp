@@ -223,6 +223,40 @@ void multi_formation(std::uintptr_t input, std::uintptr_t output, int type, cons
   active->multi_formation(arguments);
 }
 
+// x, t: (address, type, bytes of an element, class stride, row stride); t empty: drawn. sizes: classes,
+// rows, count, width. results: phi, or grad, by_x, by_t.
+void characteristic_function(const std::vector<std::int64_t> &x, const std::vector<std::int64_t> &t, bool wide,
+                             const std::array<std::int64_t, 4> &sizes, std::uint64_t seed, std::int64_t stream,
+                             double scale, std::uintptr_t phase, const std::vector<std::uintptr_t> &results,
+                             int threads) {
+  const auto matrix = [](const std::vector<std::int64_t> &m) {
+    if (m.empty()) return ddfast::class_matrix{};
+    return ddfast::class_matrix{pointer(std::uintptr_t(m[0])), int(m[1]), m[2], m[3], m[4]};
+  };
+  const bool backward = results.size() == 3;
+  ddfast::characteristic_function_arguments arguments{matrix(x),
+                                                      matrix(t),
+                                                      wide,
+                                                      sizes[0],
+                                                      sizes[1],
+                                                      sizes[2],
+                                                      sizes[3],
+                                                      seed,
+                                                      stream,
+                                                      scale,
+                                                      pointer(phase),
+                                                      backward ? nullptr : pointer(results[0]),
+                                                      backward ? pointer(results[0]) : nullptr,
+                                                      backward ? pointer(results[1]) : nullptr,
+                                                      backward ? pointer(results[2]) : nullptr,
+                                                      nullptr,
+                                                      threads};
+  py::gil_scoped_release release;
+  const ddfast::buffer scratch(std::size_t(active->characteristic_function_scratch(arguments)));
+  arguments.scratch = scratch.data();
+  active->characteristic_function(arguments);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -248,4 +282,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("norm_relu_pool_tangent_bwd", &norm_relu_pool<&kernel_table::norm_relu_pool_tangent_bwd>);
   m.def("first_block", &first_block);
   m.def("multi_formation", &multi_formation);
+  m.def("characteristic_function", &characteristic_function);
 }

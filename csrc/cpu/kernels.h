@@ -139,6 +139,29 @@ struct multi_formation_arguments {
   int threads;
 };
 
+// Features or frequencies, classes x rows x width; the columns of one row lie side by side.
+struct class_matrix {
+  const void *data;  // null: drawn frequencies
+  int type;
+  int64_t bytes;  // of an element
+  int64_t class_stride, row_stride;  // in elements; a class stride of 0: the same for all
+};
+
+struct characteristic_function_arguments {
+  class_matrix x, t;
+  int wide;  // sums and results in double, else in float
+  int64_t classes, rows, count, width;
+  uint64_t seed;   // of drawn frequencies
+  int64_t stream;  // of the first class
+  double scale;
+  void *phase;       // classes x rows x count, the products <x, t>: written forward, read backward; may be null
+  void *phi;         // forward: classes x count x 2
+  const void *grad;  // backward: classes x count x 2
+  void *by_x, *by_t;  // in the type of the sums; may be null. by_t is summed where classes share t
+  void *scratch;      // as many bytes as characteristic_function_scratch asks for, 64-byte aligned
+  int threads;
+};
+
 struct kernel_table {
   const char *level;
   // value = distance; out_syn, out_real = scale * its gradient
@@ -157,6 +180,8 @@ struct kernel_table {
   int64_t (*first_block_scratch)(const first_block_arguments &);
   void (*first_block)(const first_block_arguments &);
   void (*multi_formation)(const multi_formation_arguments &);
+  int64_t (*characteristic_function_scratch)(const characteristic_function_arguments &);
+  void (*characteristic_function)(const characteristic_function_arguments &);
 };
 
 // Defined once per level in table.cpp.

@@ -24,6 +24,8 @@ void norm_relu_pool_tangent_bwd(const norm_relu_pool_arguments &);
 int64_t first_block_scratch(const first_block_arguments &);
 void first_block(const first_block_arguments &);
 void multi_formation(const multi_formation_arguments &);
+int64_t characteristic_function_scratch(const characteristic_function_arguments &);
+void characteristic_function(const characteristic_function_arguments &);
 }  // namespace DDFAST_LEVEL
 
 const kernel_table *DDFAST_JOIN(kernel_table_, DDFAST_LEVEL)() {
@@ -42,6 +44,8 @@ const kernel_table *DDFAST_JOIN(kernel_table_, DDFAST_LEVEL)() {
       DDFAST_LEVEL::first_block_scratch,
       DDFAST_LEVEL::first_block,
       DDFAST_LEVEL::multi_formation,
+      DDFAST_LEVEL::characteristic_function_scratch,
+      DDFAST_LEVEL::characteristic_function,
   };
   return &table;
 }

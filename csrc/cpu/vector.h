@@ -81,6 +81,48 @@ DDFAST_INLINE vector<double> exponential(vector<double> x) {
   return x;
 }
 
+// Beyond this sine_cosine(float) is wrong; its quarter turns must be whole numbers below 2^16.
+constexpr float most_quick_angle = 1e5f;
+
+// sin x and cos x to two units in the last place for |x| up to most_quick_angle.
+DDFAST_INLINE void sine_cosine(vector<float> x, vector<float> *sine, vector<float> *cosine) {
+  const vector<float> magic = broadcast(12582912.0f), shifted = x * 0.636619772f + magic, n = shifted - magic;
+  // pi/2 in four parts. The first three have 8 bits, so that n times each is exact without FMA too.
+  const vector<float> r = (((x - n * 1.5703125f) - n * 4.825592041e-4f) - n * 1.266598701e-6f) - n * 9.920935798e-10f;
+  const vector<float> z = r * r;
+  const vector<float> s = r + (r * z) * ((broadcast(-1.9510838e-4f) * z + 8.332131e-3f) * z - 0.16666654f);
+  const vector<float> c =
+      (z * z) * ((broadcast(2.4431203e-5f) * z - 1.3887306e-3f) * z + 0.041666646f) + (1.0f - 0.5f * z);
+  const vector_mask<float> turns = vector_mask<float>(shifted), odd = -(turns & 1);
+  // Signs: sine is negative in quarters 2 and 3, cosine in 1 and 2.
+  const vector_mask<float> sign_s = (turns & 2) << 30, sign_c = ((turns + 1) & 2) << 30;
+  const vector_mask<float> bits_s = vector_mask<float>(s), bits_c = vector_mask<float>(c);
+  *sine = vector<float>(((bits_s & ~odd) | (bits_c & odd)) ^ sign_s);
+  *cosine = vector<float>(((bits_c & ~odd) | (bits_s & odd)) ^ sign_c);
+}
+DDFAST_INLINE void sine_cosine(vector<double> x, vector<double> *sine, vector<double> *cosine) {
+  vector<double> s = {}, c = {};
+  for (int64_t k = 0; k < width_of<double>; ++k) s[k] = sin(x[k]), c[k] = cos(x[k]);
+  *sine = s;
+  *cosine = c;
+}
+
+// ln x of normal numbers, to two units in the last place near 1 too.
+DDFAST_INLINE vector<float> logarithm(vector<float> x) {
+  const vector_mask<float> bits = vector_mask<float>(x), exponent = (bits - 0x3f3504f3) >> 23;
+  const vector<float> f = vector<float>(bits - (exponent << 23)) - 1.0f;  // x in sqrt(1/2) .. sqrt(2), less 1
+  vector<float> p = broadcast(-0.07859583f) * f + 0.12881632f;
+  p = p * f - 0.13128757f;
+  p = p * f + 0.14181194f;
+  p = p * f - 0.16624554f;
+  p = p * f + 0.20002286f;
+  p = p * f - 0.2500081f;
+  p = p * f + 0.33333316f;
+  const vector<float> e = __builtin_convertvector(exponent, vector<float>), square = f * f;
+  // ln 2 in two parts, of which the first has 15 bits.
+  return e * 0.693145751953f + (f + (square * (f * p - 0.5f) + e * 1.42860682e-6f));
+}
+
 // a > b ? a : b, so b where either is NaN. One instruction, which GCC 12 does not find by itself.
 template <typename V> DDFAST_INLINE V larger(V a, V b) { return a > b ? a : b; }
 #if defined(__AVX512F__)
