@@ -24,7 +24,7 @@ def named(name: str) -> Dataset:
     return Dataset(name, images, labels, images, labels, ("a", "b"), (0.5,), (0.5,))
 
 
-@pytest.mark.parametrize("name", PROTOCOLS)
+@pytest.mark.parametrize("name", [name for name in PROTOCOLS if name != "ncfm"])
 def test_what_all_presets_share(name):
     chosen = protocol(name, named("CIFAR10"))
     assert chosen.name == name
@@ -111,7 +111,7 @@ def test_bad_overrides(error, arguments, message):
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match="protocol must be one of dc, dsa, dm, idc, got 'mtt'"):
+    with pytest.raises(ValueError, match="must be one of dc, dsa, dm, idc, ncfm, got 'mtt'"):
         protocol("mtt", named("CIFAR10"))
     with pytest.raises(ValueError, match="dsa_strategy has no meaning"):
         protocol("dc", named("CIFAR10"), dsa_strategy="crop")

@@ -72,8 +72,11 @@ def pretrain(
         after = flattened(net)
         found = {INITIAL.format(number): before, FINAL.format(number): after}
         run.state = {**run.state, **found}
-        share = _training_accuracy(run, net)
-        yield f"network {number + 1} of {count}: {100 * share:.1f} % of the training images right"
+        said = "not trained"
+        if epochs:
+            share = _training_accuracy(run, net)
+            said = f"{100 * share:.1f} % of the training images right"
+        yield f"network {number + 1} of {count}: {said}"
 
 
 def _epoch(
