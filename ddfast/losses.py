@@ -12,6 +12,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ddfast.characteristic import (
+    Frequencies,
+    characteristic_function,
+    characteristic_function_distance,
+    characteristic_function_distance_and_gradient,
+)
 from ddfast.ops import class_mean as _class_mean
 from ddfast.ops import gradient_distance as _gradient_distance
 from ddfast.ops.registry import refuse_transforms
@@ -244,6 +250,10 @@ def _checked_counts(
 
 
 __all__ = [
+    "Frequencies",
+    "characteristic_function",
+    "characteristic_function_distance",
+    "characteristic_function_distance_and_gradient",
     "class_mean",
     "class_mean_distance",
     "gradient_distance",

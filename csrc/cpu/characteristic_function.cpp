@@ -17,7 +17,7 @@ namespace {
 constexpr int64_t block_columns = 256;  // of a task
 constexpr int64_t block_rows = 96;      // of A, packed in the second cache
 constexpr int64_t slab_rows = 1024;     // of one task's result
-constexpr int64_t depth_chunk = 256;    // a multiple of the 64 features that are drawn together
+constexpr int64_t depth_chunk = 128;    // a multiple of the 64 features that are drawn together
 constexpr int64_t read_rows = 32;       // fetched at once for B
 constexpr int64_t weights_bytes = int64_t(16) << 20;
 

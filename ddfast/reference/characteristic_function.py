@@ -84,8 +84,8 @@ def characteristic_function_bwd(
 ) -> tuple[Tensor, Tensor]:
     """The first derivative, for a gradient (classes, count, 2): by x and by t, empty if not wanted.
 
-    With W_im = (Im g_m cos - Re g_m sin) / rows: W t, and W transposed times x, which is summed over
-    the classes where they share t.
+    With W_im = (Im g_m cos - Re g_m sin) / rows: W t, and W transposed times x, which is summed
+    over the classes where they share t.
     """
     shared = t is not None and t.shape[0] == 1
     wide = frequencies_of(x, t, count, seed, scale, stream)
@@ -115,35 +115,58 @@ def _modulus(z: Tensor) -> Tensor:
     return torch.where(inside, _safe(square, inside).sqrt(), torch.zeros_like(square))
 
 
-def distance(phi_x: Tensor, phi_y: Tensor, alpha: float, beta: float) -> Tensor:
-    """The distance of two characteristic functions, (..., count, 2) each, summed up to (...).
+def _terms(phi_x: Tensor, phi_y: Tensor) -> tuple[Tensor, Tensor]:
+    """|phi_x| - |phi_y|, and 2 (|phi_x| |phi_y| - Re Re - Im Im) before it is clamped.
 
-    The formula above cancels where the two are close, which is where training ends. So it is
-    written with their difference, of which every digit is known:
+    Written like this they cancel where the two are close, which is where training ends. So they are
+    computed from the difference, of which every digit is known:
 
         |a| - |b| = <a - b, a + b> / (|a| + |b|)
         |a| |b| - <a, b> = (a x b)^2 / (|a| |b| + <a, b>)        with a x b = a x (b - a)
 
-    the latter where <a, b> is positive. Where a modulus or the whole radicand is 0, its derivative
-    is taken as 0.
+    the latter where <a, b> is positive; elsewhere nothing cancels.
     """
-    zero = torch.zeros_like(phi_x[..., 0])
     difference = phi_y - phi_x
     modulus_x, modulus_y = _modulus(phi_x), _modulus(phi_y)
     total = modulus_x + modulus_y
     inside = total > 0
-    amplitude = (difference * (phi_x + phi_y)).sum(-1) / _safe(total, inside)
-    amplitude = torch.where(inside, amplitude, zero)
-
+    amplitude = -(difference * (phi_x + phi_y)).sum(-1) / _safe(total, inside)
     product = modulus_x * modulus_y
     dot = (phi_x * phi_y).sum(-1)
     cross = phi_x[..., 0] * difference[..., 1] - phi_x[..., 1] * difference[..., 0]
     positive = (dot > 0) & (product > 0)
     near = cross * cross / _safe(product + dot, positive)
-    phase = 2 * torch.where(positive, near, product - dot)
+    return amplitude, 2 * torch.where(positive, near, product - dot)
+
+
+def distance(phi_x: Tensor, phi_y: Tensor, alpha: float, beta: float) -> Tensor:
+    """The distance of two characteristic functions, (..., count, 2) each: (...).
+
+    Where a modulus or the whole radicand is 0, its derivative is taken as 0.
+    """
+    amplitude, phase = _terms(phi_x, phi_y)
     # Not clamp, whose derivative is 1 at the floor itself.
     phase = torch.where(phase > FLOOR, phase, torch.full_like(phase, FLOOR))
-
     radicand = alpha * amplitude * amplitude + beta * phase
     inside = radicand > 0
-    return torch.where(inside, _safe(radicand, inside).sqrt(), zero).mean(-1)
+    root = _safe(radicand, inside).sqrt()
+    return torch.where(inside, root, torch.zeros_like(root)).mean(-1)
+
+
+def distance_and_gradient(
+    phi_x: Tensor, phi_y: Tensor, alpha: float, beta: float
+) -> tuple[Tensor, Tensor]:
+    """The distance and its derivative by phi_x in closed form, outside autograd.
+
+    The phase term is |a - b|^2 - (|a| - |b|)^2, whose derivative by a is twice a - b less the
+    difference of the moduli in the direction of a.
+    """
+    amplitude, phase = _terms(phi_x, phi_y)
+    active = phase > FLOOR
+    root = (alpha * amplitude * amplitude + beta * phase.clamp_min(FLOOR)).sqrt()
+    modulus = _modulus(phi_x)
+    direction = phi_x / _safe(modulus, modulus > 0).unsqueeze(-1)
+    radial = amplitude.unsqueeze(-1) * direction
+    by_phase = torch.where(active.unsqueeze(-1), phi_x - phi_y - radial, torch.zeros_like(radial))
+    scale = 1 / _safe(root, root > 0) / max(1, root.shape[-1])
+    return root.mean(-1), (alpha * radial + beta * by_phase) * scale.unsqueeze(-1)

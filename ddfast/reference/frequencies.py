@@ -1,11 +1,11 @@
 """The definition of frequencies that are drawn and never stored: a counter-based generator.
 
 Source: Salmon, Moraes, Dror, Shaw, Parallel random numbers: as easy as 1, 2, 3, SC 2011: Philox
-4x32-10 turns a counter of four 32-bit words into four random words. Here the counter of 64 features
-64g .. 64g + 63 of frequency m of class c is (16g + i, m, stream + c, 0), i = 0 .. 15, and the key
-is the seed, its low word first. Word w of block i belongs to feature 64g + 16w + i: so a vector of 16
-blocks makes 4 vectors of 16 features that lie side by side. Words 0 and 1, and words 2 and 3, make
-two normal values (Box and Muller, 1958):
+4x32-10 turns a counter of four 32-bit words into four random words. Here the counters of features
+64g .. 64g + 63 of frequency m of class c are (16g + i, m, stream + c, 0), i = 0 .. 15, and the key
+is the seed, its low word first. Word w of counter i belongs to feature 64g + 16w + i: so a vector
+of 16 counters makes 4 vectors of 16 features that lie side by side. Words 0 and 1, and words 2 and
+3, make two normal values (Box and Muller, 1958):
 
     u = ((word >> 9) + 1/2) / 2^23                   never 0 or 1, exact in float32
     sqrt(-2 ln u_0) cos(2 pi u_1),   sqrt(-2 ln u_0) sin(2 pi u_1)
@@ -17,7 +17,7 @@ place.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -30,7 +30,8 @@ WORD = 0xFFFFFFFF
 GROUP, BLOCKS = 64, 16
 
 
-class Frequencies(NamedTuple):
+@dataclass(frozen=True)
+class Frequencies:
     """Frequencies from N(0, scale^2), generated where they are used and never stored.
 
     Attributes:
@@ -69,7 +70,7 @@ def words(count: int, width: int, seed: int, stream: int, classes: int, device: 
     """Random words, int64 (classes, count, groups, 4, 16): those of `width` features and more."""
 
     def numbers(n: int) -> Tensor:
-        return torch.arange(n, dtype=torch.int64, device=device)  # type: ignore[call-overload, no-any-return]
+        return torch.arange(n, dtype=torch.int64, device=device)  # type: ignore[call-overload]
 
     groups = -(-width // GROUP)
     c = (numbers(classes) + stream).view(-1, 1, 1, 1)
