@@ -7,17 +7,21 @@ made by a sampling network (`ddfast.nets.sampling`), which learns to make the di
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from ddfast.losses import (
+    Frequencies,
+    characteristic_function,
+    characteristic_function_distance,
+    characteristic_function_distance_and_gradient,
+)
 from ddfast.methods.feature_matching import Group
 from ddfast.methods.run import Run
 from ddfast.nets.sampling import released_frequencies, sampled_frequencies, sampling_weights
-from ddfast.ops.characteristic_function import characteristic_function as operator
 from ddfast.random import generator, seed_of
-from ddfast.reference.characteristic_function import distance
-from ddfast.reference.frequencies import Frequencies
 
 WEIGHT = 300.0
 """Of the distance in the loss."""
@@ -114,18 +118,33 @@ def distances(group: Group, sampling: Sampling, alpha: float, beta: float) -> tu
     """
     classes, norms = len(group.made.counts), group.features.norm(dim=1, keepdim=True)
     x = unit(group.features, norms)
-    leaf = x.view(classes, len(x) // classes, -1).detach().requires_grad_()
+    by_class = x.view(classes, len(x) // classes, -1)
+    if sampling.learns:
+        values, by_x = with_ascent(group, sampling, by_class, alpha, beta)
+    else:
+        t = sampling.frequencies(group.first, group.end)
+        of_real = real_functions(group, t, sampling)
+        values, by_x = characteristic_function_distance_and_gradient(
+            by_class, None, t, alpha, beta, of_real
+        )
+    return WEIGHT * values, through_norm(WEIGHT * by_x.flatten(0, 1), x, norms)
+
+
+def with_ascent(
+    group: Group, sampling: Sampling, x: Tensor, alpha: float, beta: float
+) -> tuple[Tensor, Tensor]:
+    """The distances and their gradient; that by the sampling network is added to what it has."""
+    x = x.detach().requires_grad_()
     with torch.enable_grad():
-        frequencies = sampling.frequencies(group.first, group.end)
-        of_real = real_functions(group, frequencies, sampling)
-        of_syn = characteristic_function(leaf, frequencies)
-        values = WEIGHT * distance(of_syn, of_real, alpha, beta)
+        t = sampling.frequencies(group.first, group.end)
+        of_real = real_functions(group, t, sampling)
+        values = characteristic_function_distance(x, None, t, alpha, beta, of_real)
     names = list(sampling.gradient)
-    leaves = [leaf, *(sampling.leaves[name] for name in names)]
+    leaves = [x, *(sampling.leaves[name] for name in names)]
     by_x, *by_weights = torch.autograd.grad(values.sum(), leaves)
     for name, found in zip(names, by_weights, strict=True):
-        sampling.gradient[name] += found
-    return values.detach(), through_norm(by_x.flatten(0, 1), x, norms)
+        sampling.gradient[name] += WEIGHT * found
+    return values.detach(), by_x
 
 
 def unit(rows: Tensor, norms: Tensor) -> Tensor:
@@ -190,15 +209,8 @@ def held(run: Run, sampling: Sampling, batch_real: int) -> int:
     return numbers
 
 
-def characteristic_function(x: Tensor, frequencies: Frequencies | Tensor) -> Tensor:
-    """The mean of exp(j <t, x>) over the rows, (classes, count, 2); x is (classes, rows, width)."""
-    if isinstance(frequencies, Tensor):
-        return operator(x, frequencies, 0, 0, 1.0, 0, x.requires_grad)[0]
-    return operator(x, None, *frequencies, x.requires_grad)[0]
-
-
 def _of_class(frequencies: Frequencies | Tensor, c: int) -> Frequencies | Tensor:
     """Those of one class of a group."""
     if isinstance(frequencies, Tensor):
         return frequencies[c : c + 1]
-    return frequencies._replace(stream=frequencies.stream + c)
+    return replace(frequencies, stream=frequencies.stream + c)
