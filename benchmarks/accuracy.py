@@ -59,6 +59,10 @@ def settings_of(method: str, dataset: str, ipc: int) -> dict[str, Any]:
         # The published lr_img belongs to a network four times as wide: chosen on a split of the
         # training images. 2000 networks of 100 updates each would take hours.
         found |= {"iterations": 10, "lr_img": 1e-3}
+    if method == "ncfm" and dataset == "generated":
+        # 20000 iterations would take most of an hour. Chosen on a split of the training images:
+        # 100 and 300 iterations both had 46.0 % (standard deviations 0.9 and 1.4).
+        found |= {"iterations": 100, "lr_img": 0.01, "num_freqs": 1024, "num_premodel": 10}
     return found
 
 

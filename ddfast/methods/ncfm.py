@@ -128,7 +128,8 @@ class Config(Shared):
         """20000 iterations with 20 networks of 60 epochs (ImageNet: 80); multi_formation with
         factor 2, lr_img 0.001, 1024 real images and 4096 frequencies for every data set and ipc.
 
-        Images whose cells would be less than 8 pixels wide are not divided, as in IDC.
+        Images whose cells would be less than 8 pixels wide are not divided, as in IDC. Digits have
+        settings of their own, see `DIGITS`.
         """
         imagenet = kin(dataset) == "ImageNet"
         storage = self.parametrisation or "multi_formation"
@@ -143,6 +144,7 @@ class Config(Shared):
             "num_freqs": 4096,
             "num_premodel": 20,
             "pretrain_epochs": 80 if imagenet else 60,
+            **(DIGITS if dataset.name == "digits" else {}),
         }
 
     def optimiser(self, tensors: Mapping[str, Tensor]) -> torch.optim.Optimizer:
@@ -152,6 +154,18 @@ class Config(Shared):
             betas=(self.momentum, 0.999),
             weight_decay=self.weight_decay,
         )
+
+
+DIGITS = {
+    "iterations": 300,
+    "lr_img": 0.01,
+    "num_freqs": 1024,
+    "num_premodel": 10,
+    "pretrain_epochs": 30,
+}
+"""For scikit-learn's digits: networks that train in half a minute on one core, the frequencies of
+the paper's text. On a split of the training images lr_img 0.01 had 92.7 % after 100 iterations at
+ipc 1 and 93.5 after 300, and 0.03 had 92.9 and 91.1 (standard deviations 0.5 to 1.0)."""
 
 
 def check(run: Run) -> None:

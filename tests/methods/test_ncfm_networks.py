@@ -262,6 +262,7 @@ def test_a_short_run_lowers_the_loss_on_the_digits() -> None:
     [
         ("CIFAR10", 32, {"factor": 2, "pretrain_epochs": 60, "model": "ConvNet", "lr_img": 1e-3}),
         ("TinyImageNet", 64, {"model": "ConvNetD4", "pretrain_epochs": 60}),
+        ("digits", 8, {"iterations": 300, "num_freqs": 1024, "lr_img": 0.01, "num_premodel": 10}),
         ("own", 128, {"model": "ConvNetD5", "pretrain_epochs": 80}),
         ("own", 12, {"factor": 1, "init": "mix", "parametrisation": "multi_formation"}),
     ],
