@@ -224,9 +224,9 @@ void multi_formation(std::uintptr_t input, std::uintptr_t output, int type, cons
 }
 
 // x, t: (address, type, bytes of an element, class stride, row stride); t empty: drawn. sizes: classes,
-// rows, count, width. results: phi, or grad, by_x, by_t.
+// rows, count, width, whether t is shared. results: phi, or grad, by_x, by_t.
 void characteristic_function(const std::vector<std::int64_t> &x, const std::vector<std::int64_t> &t, bool wide,
-                             const std::array<std::int64_t, 4> &sizes, std::uint64_t seed, std::int64_t stream,
+                             const std::array<std::int64_t, 5> &sizes, std::uint64_t seed, std::int64_t stream,
                              double scale, std::uintptr_t phase, const std::vector<std::uintptr_t> &results,
                              int threads) {
   const auto matrix = [](const std::vector<std::int64_t> &m) {
@@ -241,6 +241,7 @@ void characteristic_function(const std::vector<std::int64_t> &x, const std::vect
                                                       sizes[1],
                                                       sizes[2],
                                                       sizes[3],
+                                                      sizes[4] != 0,
                                                       seed,
                                                       stream,
                                                       scale,

@@ -224,10 +224,9 @@ template <typename T> struct plan {
   void backward_t(int64_t c, int64_t first, int64_t count, int64_t r, int64_t column, const workspace<T> &w) const {
     const int64_t rows = least(slab_rows, count - r), columns = least(block_columns, x.width - column);
     const row_source weight = {weights, type_of<T>, slab, 0, 0, 0, 0};
-    const bool shared = x.t.class_stride == 0;
     product<T>({weight, true}, r, rows, {features(c), false}, column, columns, x.rows, w);
-    T *to = static_cast<T *>(x.by_t) + ((shared ? 0 : c * x.count) + first + r) * x.width + column;
-    put(w, rows, columns, shared && c > 0, to, x.width);
+    T *to = static_cast<T *>(x.by_t) + ((x.shared ? 0 : c * x.count) + first + r) * x.width + column;
+    put(w, rows, columns, x.shared && c > 0, to, x.width);
   }
 
   template <typename F> void each(int64_t tasks, F &&task) const {

@@ -8,7 +8,7 @@ namespace DDFAST_LEVEL {
 namespace {
 
 constexpr int64_t group = 64, blocks = 16;  // features of a row of counters; ddfast/reference/frequencies.py
-constexpr int64_t run_rows = 64;            // rows that are summed in the type of the products
+constexpr int64_t run_rows = 16;            // rows that are summed in the type of the products
 
 // One round of Philox 4x32 on 16 counters.
 inline void philox_round(uint32_t *__restrict__ a, uint32_t *__restrict__ b, uint32_t *__restrict__ c,

@@ -144,20 +144,21 @@ struct class_matrix {
   const void *data;  // null: drawn frequencies
   int type;
   int64_t bytes;  // of an element
-  int64_t class_stride, row_stride;  // in elements; a class stride of 0: the same for all
+  int64_t class_stride, row_stride;  // in elements
 };
 
 struct characteristic_function_arguments {
   class_matrix x, t;
   int wide;  // sums and results in double, else in float
   int64_t classes, rows, count, width;
+  bool shared;     // one t for all classes, whose class stride is 0
   uint64_t seed;   // of drawn frequencies
   int64_t stream;  // of the first class
   double scale;
   void *phase;       // classes x rows x count, the products <x, t>: written forward, read backward; may be null
   void *phi;         // forward: classes x count x 2
   const void *grad;  // backward: classes x count x 2
-  void *by_x, *by_t;  // in the type of the sums; may be null. by_t is summed where classes share t
+  void *by_x, *by_t;  // in the type of the sums; may be null. by_t is summed if t is shared
   void *scratch;      // as many bytes as characteristic_function_scratch asks for, 64-byte aligned
   int threads;
 };

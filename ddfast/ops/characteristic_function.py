@@ -25,16 +25,21 @@ def _readable(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def _described(x: Tensor | None, classes: int) -> list[int]:
+def _described(x: Tensor | None) -> list[int]:
     """What the compiled kernel reads: address, type, size of an element, strides."""
     if x is None:
         return []
-    by_class = x.stride(0) if x.shape[0] == classes and classes > 1 else 0
+    by_class = x.stride(0) if x.shape[0] > 1 else 0
     return [x.data_ptr(), TYPES[x.dtype], x.element_size(), by_class, x.stride(1)]
 
 
 def _count(t: Tensor | None, count: int) -> int:
     return count if t is None else t.shape[1]
+
+
+def _sizes(x: Tensor, t: Tensor | None, count: int) -> list[int]:
+    """Classes, rows, frequencies, features, and whether the classes share the frequencies."""
+    return [*x.shape[:2], count, x.shape[2], t is not None and t.shape[0] == 1]
 
 
 def _empty(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -60,10 +65,10 @@ def _cpu(
     phase = _empty(dtype, x.shape[0], x.shape[1], count) if keep else torch.empty(0, dtype=dtype)
     if phi.numel():
         compiled.characteristic_function(
-            _described(x, x.shape[0]),
-            _described(t, x.shape[0]),
+            _described(x),
+            _described(t),
             dtype == torch.float64,
-            [x.shape[0], x.shape[1], count, x.shape[2]],
+            _sizes(x, t, count),
             seed,
             stream,
             scale,
@@ -146,10 +151,10 @@ def _bwd_cpu(
         grad_t.zero_()
     else:
         compiled.characteristic_function(
-            _described(x, x.shape[0]),
-            _described(t, x.shape[0]),
+            _described(x),
+            _described(t),
             dtype == torch.float64,
-            [x.shape[0], x.shape[1], count, x.shape[2]],
+            _sizes(x, t, count),
             seed,
             stream,
             scale,
