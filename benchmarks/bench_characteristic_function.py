@@ -123,8 +123,8 @@ def case(
         exact=exact,
         providers=providers,
         bytes=4 * (2 * x.numel() + y.numel() + (0 if draw else t.numel())),
-        # Against the largest entry. The products themselves are rounded to float32.
-        tolerance=1e-3,
+        # The published form of the phase term loses digits where the two functions are close.
+        tolerance=2e-2,
         rounds=15,
         device=options.device,
         flops=2 * count * width * (2 * n + m),

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator
@@ -33,25 +32,11 @@ from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).parent))
 import bench_augment
-from harness import Case, compiled, run
-from matching_task import Task, class_loop
+from harness import Case, compiled
+from matching_task import STRATEGY, Task, class_loop, draws_of, judged, operation_of, run_tuned
 
 from ddfast import engine
 from ddfast.augment import DSA
-
-THRESHOLDS = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
-STRATEGY = "color_crop_cutout_flip_scale_rotate"
-
-
-def judged(result: object, exact: object) -> float:
-    """Error of a loss, or of an image gradient as the docstring above says; 1 where it fails."""
-    (loss, gradient), (wanted, by_images) = result, exact  # type: ignore[misc]
-    worst = float((loss.double().sum() - wanted.sum()).abs() / wanted.sum().abs())
-    error = (gradient.double() - by_images).flatten(1).norm(dim=1)
-    error = error / by_images.flatten(1).norm(dim=1)
-    if float((error > 0.05).double().mean()) > 0.2:
-        return 1.0
-    return max(worst, float(error.median()))
 
 
 def judged_classes(result: object, exact: object, tensors: int) -> float:
@@ -230,18 +215,13 @@ def outer_iteration(
     task = Task(size, classes, ipc, options.device)
     dsa = DSA(STRATEGY)
     images = torch.cat(task.reals())
-    operations = [STRATEGY.split("_")[c % 6] for c in range(classes)]
-    draws = []
-    for c in range(classes):  # every operation in turn, the same for all providers
-        draw = DSA(operations[c]).draw(torch.Generator().manual_seed(c), task.size)
-        draw[..., 0] = dsa.operations.index(operations[c])
-        draws.append(draw)
+    draw = draws_of(classes, task.size)
     real_counts, syn_counts = [task.batch] * classes, [ipc] * classes
 
     def augment_class(x: Tensor, c: int) -> Tensor:
         if not augmented:
             return x
-        return getattr(bench_augment, operations[c])(x, bench_augment.Siamese(x, c))
+        return getattr(bench_augment, operation_of(c))(x, bench_augment.Siamese(x, c))
 
     def eager() -> tuple[Tensor, Tensor]:
         loss = torch.zeros((), device=task.device)
@@ -254,7 +234,6 @@ def outer_iteration(
         s = leaf = task.syn.detach().requires_grad_()
         x = images
         if augmented:
-            draw = torch.cat(draws, 1)
             x, s = dsa(x, draw, real_counts), dsa(leaf, draw, syn_counts)
         real = engine.segment_gradients(
             task.net, x, task.real_labels, real_counts, task.names, **more
@@ -269,7 +248,6 @@ def outer_iteration(
         x, leaf = images.double(), task.syn.detach().double().requires_grad_()
         s = leaf
         if augmented:
-            draw = torch.cat(draws, 1)
             x, s = dsa(x, draw, real_counts), dsa(leaf, draw, syn_counts)
         net = task.net.double()
         real = engine.segment_gradients(net, x, task.real_labels, real_counts, task.names)
@@ -311,20 +289,5 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
         yield synthetic_side("s16", 100, 1, options)
 
 
-def main() -> None:
-    if "--tuned_allocator" in sys.argv:
-        rest = [a for a in sys.argv[1:] if a != "--tuned_allocator"]
-        os.execve(sys.executable, [sys.executable, __file__, *rest], os.environ | THRESHOLDS)
-    else:
-        tuned = "; allocator tuned" if THRESHOLDS.items() <= os.environ.items() else ""
-
-        def labelled(options: argparse.Namespace) -> Iterator[Case]:
-            for case in cases(options):
-                case.mode += tuned
-                yield case
-
-        run(labelled, __doc__ or "")
-
-
 if __name__ == "__main__":
-    main()
+    run_tuned(cases, __doc__ or "")

@@ -1,9 +1,12 @@
-"""The work that bench_gradient_matching.py times and peak_memory.py weighs, and the eager way."""
+"""The work that the benchmarks of matching time and peak_memory.py weighs, and the eager way."""
 
 from __future__ import annotations
 
+import argparse
 import functools
+import os
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -12,8 +15,13 @@ from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).parent))
 from bench_gradient_distance import eager as distance_of_class
+from harness import Case, run
 
 from ddfast import engine, losses, nets
+from ddfast.augment import DSA
+
+THRESHOLDS = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
+STRATEGY = "color_crop_cutout_flip_scale_rotate"
 
 SIZES = {  # image side, network, real images per class
     "full": (32, "ConvNet", 256),
@@ -101,3 +109,44 @@ def class_loop(task: Task, targets: list[list[Tensor]]) -> tuple[Tensor, Tensor]
         by_images.append(torch.autograd.grad(value, s)[0])
         total = total + value.detach()
     return total, torch.cat(by_images)
+
+
+def operation_of(c: int) -> str:
+    """The augmentation of class c: every operation in turn."""
+    return STRATEGY.split("_")[c % 6]
+
+
+def draws_of(classes: int, size: tuple[int, int]) -> Tensor:
+    """A draw for each class of its operation, (1, classes, 4)."""
+    draws = []
+    for c in range(classes):
+        draw = DSA(operation_of(c)).draw(torch.Generator().manual_seed(c), size)
+        draw[..., 0] = DSA(STRATEGY).operations.index(operation_of(c))
+        draws.append(draw)
+    return torch.cat(draws, 1)
+
+
+def judged(result: object, exact: object) -> float:
+    """Error of a loss, and of an image gradient the median over images; 1 where it fails."""
+    (loss, gradient), (wanted, by_images) = result, exact  # type: ignore[misc]
+    worst = float((loss.double().sum() - wanted.sum()).abs() / wanted.sum().abs())
+    error = (gradient.double() - by_images).flatten(1).norm(dim=1)
+    error = error / by_images.flatten(1).norm(dim=1)
+    if float((error > 0.05).double().mean()) > 0.2:
+        return 1.0
+    return max(worst, float(error.median()))
+
+
+def run_tuned(cases: Callable[[argparse.Namespace], Iterator[Case]], description: str) -> None:
+    """`harness.run`; with --tuned_allocator once more from the start, with glibc's malloc tuned."""
+    if "--tuned_allocator" in sys.argv:
+        rest = [a for a in sys.argv if a != "--tuned_allocator"]
+        os.execve(sys.executable, [sys.executable, *rest], os.environ | THRESHOLDS)
+    tuned = "; allocator tuned" if THRESHOLDS.items() <= os.environ.items() else ""
+
+    def labelled(options: argparse.Namespace) -> Iterator[Case]:
+        for case in cases(options):
+            case.mode += tuned
+            yield case
+
+    run(labelled, description)

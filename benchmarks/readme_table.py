@@ -78,6 +78,9 @@ SHOWN = {
     "norm_relu_pool": ("64x128x32x32, channels_last", "10x128x16x16, channels_last"),
     "class_weight_grad": ("128->128, 16x16, C=1, n=256", "128->128, 16x16, C=10, n=10"),
     "multi_formation": ("100x3x32x32",),
+    "mmd": ("gaussian", "energy"),
+    "characteristic_function": ("",),
+    "distribution_matching": ("full",),
 }
 
 

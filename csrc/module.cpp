@@ -175,6 +175,29 @@ void norm_relu_pool(int type, bool channels_last, const std::array<std::int64_t,
   (active->*member)(arguments);
 }
 
+// tensors: x, weight, bias, mean, rstd, out, means. first: first image of each class, and the end.
+void norm_relu_pool_means(int type, bool channels_last, const std::array<std::int64_t, 4> &shape, std::int64_t groups,
+                          double eps, int activation, int pool, const std::array<std::uintptr_t, 7> &tensors,
+                          const std::vector<std::int64_t> &first, int threads) {
+  ddfast::norm_relu_pool_arguments x{};
+  x.type = type;
+  x.channels_last = channels_last;
+  x.images = shape[0], x.channels = shape[1], x.height = shape[2], x.width = shape[3];
+  x.groups = groups;
+  x.eps = eps;
+  x.activation = activation;
+  x.pool = pool;
+  x.x = pointer(tensors[0]);
+  x.weight = pointer(tensors[1]), x.bias = pointer(tensors[2]);
+  x.mean = pointer(tensors[3]), x.rstd = pointer(tensors[4]);
+  x.out = pointer(tensors[5]), x.means = pointer(tensors[6]);
+  x.first = first.data();
+  x.classes = std::int64_t(first.size()) - 1;
+  x.threads = threads;
+  py::gil_scoped_release release;
+  active->norm_relu_pool_means(x);
+}
+
 // tensors: x, weight, bias, norm weight, norm bias, mean, rstd, then out (forward) or grad, weight
 // gradients, and sums of each image for bias, norm weight and norm bias. sizes: as for class_conv.
 void first_block(int type, const std::vector<std::uintptr_t> &tensors, const std::vector<std::int64_t> &first,
@@ -221,6 +244,33 @@ void multi_formation(std::uintptr_t input, std::uintptr_t output, int type, cons
       factor, by_image,       adjoint,         fill,     threads};
   py::gil_scoped_release release;
   active->multi_formation(arguments);
+}
+
+// x, y: (data, type, class stride, row stride, rows). what: 0 the distance, 1 the mean and 2 the
+// median of the squared distances.
+std::vector<double> mmd(int what, const std::array<std::int64_t, 5> &x, const std::array<std::int64_t, 5> &y, bool wide,
+                        std::int64_t classes, std::int64_t width, int kind, int degree, bool unbiased,
+                        const std::vector<double> &bandwidth, std::int64_t bandwidths, const std::vector<double> &scale,
+                        std::uintptr_t by_x, std::uintptr_t by_y, int threads) {
+  const auto rows = [](const std::array<std::int64_t, 5> &set) {
+    return ddfast::class_rows{pointer(std::uintptr_t(set[0])), int(set[1]), set[2], set[3], set[4], nullptr};
+  };
+  std::vector<double> value(classes, 0.0);
+  ddfast::mmd_arguments arguments{rows(x),      rows(y),       wide,
+                                  classes,      width,         kind,
+                                  degree,       unbiased,      bandwidth.data(),
+                                  bandwidths,   scale.empty() ? nullptr : scale.data(),
+                                  value.data(), pointer(by_x), pointer(by_y),
+                                  nullptr,      threads};
+  py::gil_scoped_release release;
+  if (what == 1) {
+    active->mmd_mean_distance(arguments);
+    return value;
+  }
+  const ddfast::buffer scratch(std::size_t(active->mmd_scratch(arguments)));
+  arguments.scratch = scratch.data();
+  what == 0 ? active->mmd(arguments) : active->mmd_median_distance(arguments);
+  return value;
 }
 
 // x, t: (address, type, bytes of an element, class stride, row stride); t empty: drawn. sizes: classes,
@@ -281,7 +331,9 @@ PYBIND11_MODULE(_C, m) {
   m.def("norm_relu_pool_bwd", &norm_relu_pool<&kernel_table::norm_relu_pool_bwd>);
   m.def("norm_relu_pool_tangent", &norm_relu_pool<&kernel_table::norm_relu_pool_tangent>);
   m.def("norm_relu_pool_tangent_bwd", &norm_relu_pool<&kernel_table::norm_relu_pool_tangent_bwd>);
+  m.def("norm_relu_pool_means", &norm_relu_pool_means);
   m.def("first_block", &first_block);
   m.def("multi_formation", &multi_formation);
+  m.def("mmd", &mmd);
   m.def("characteristic_function", &characteristic_function);
 }

@@ -20,7 +20,7 @@ from ddfast._version import __version__
 from ddfast.data.dataset import check_labels
 from ddfast.data.files import whole_file
 from ddfast.data.normalisation import denormalise
-from ddfast.synthetic import check_decoder, decode, labelled
+from ddfast.synthetic import check_decoder, decode, grid, labelled
 
 __all__ = ["FORMAT_VERSION", "SPACES", "Artefact", "load", "save"]
 
@@ -199,6 +199,15 @@ class Artefact:
             decoder_tensors={},
         )
 
+    def picture(self, path: str | os.PathLike[str]) -> Path:
+        """Write a picture of the set, see :func:`ddfast.synthetic.grid`.
+
+        It shows the stored images; where networks make images of them, those, 20 a class at most.
+        """
+        made, most = (self.decoded(), 20) if self.decoder_tensors else (self, None)
+        images = made.normalised(self.mean, self.std)
+        return grid(images, made.labels, self.mean, self.std, path, per_row=most)
+
     def to_pixels(self) -> Tensor:
         """The images as uint8 `(N, channels, H, W)`, rounded and clamped to 0..255."""
         if self.space == "normalised":
@@ -271,7 +280,7 @@ def save(artefact: Artefact, path: str | os.PathLike[str]) -> Path:
     header = {
         "format_version": FORMAT_VERSION,
         "recipe": recipe,
-        "sha256": _digest(tensors, json.dumps(recipe, sort_keys=True)),
+        "sha256": digest(tensors, json.dumps(recipe, sort_keys=True)),
     }
     content = serialise(tensors, {KEY: json.dumps(header, sort_keys=True)})
     with whole_file(path) as temporary:
@@ -316,7 +325,7 @@ def load(path: str | os.PathLike[str]) -> Artefact:
         missing += [name for name in RECIPE if name not in recipe]
         if missing:
             raise ValueError(f"it lacks {', '.join(missing)}")
-        if header["sha256"] != _digest(tensors, json.dumps(recipe, sort_keys=True)):
+        if header["sha256"] != digest(tensors, json.dumps(recipe, sort_keys=True)):
             raise ValueError("its contents do not match its checksum: it is damaged")
         lr = tensors.get("lr")
         return Artefact(
@@ -338,7 +347,7 @@ def load(path: str | os.PathLike[str]) -> Artefact:
         raise ValueError(f"{path} cannot be used: {error}") from None
 
 
-def _digest(tensors: Mapping[str, Tensor], recipe: str) -> str:
+def digest(tensors: Mapping[str, Tensor], recipe: str) -> str:
     """SHA-256 over the recipe and every tensor's name, type, shape and bytes."""
     sha = hashlib.sha256(recipe.encode())
     for name in sorted(tensors):

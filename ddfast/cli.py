@@ -1,33 +1,24 @@
-"""The command `ddfast`: distill, evaluate, show, methods.
+"""The command `ddfast`: distill, evaluate, show, methods, generator.
 
 Of ddfast itself nothing is imported before it is known which command it is.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import difflib
 import json
 import os
-import re
 import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import (
-    TYPE_CHECKING,
-    Any,
-    Literal,
-    NoReturn,
-    TextIO,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import TYPE_CHECKING, Any, TextIO, get_type_hints
 
-from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse import ActionConfigFile
+
+from ddfast.command import Parser, first_line, plain, set_threads
 
 if TYPE_CHECKING:
     from ddfast.methods import Method
@@ -82,7 +73,7 @@ def _named(name: str) -> Callable[[list[str]], None]:
 
 
 def _overview() -> str:
-    lines = [f"  {name:10}{_first_line(function)}" for name, function in COMMANDS.items()]
+    lines = [f"  {name:10}{first_line(function)}" for name, function in COMMANDS.items()]
     return "\n".join(
         [
             "usage: ddfast COMMAND ...",
@@ -100,10 +91,6 @@ def _overview() -> str:
     )
 
 
-def _first_line(function: Callable[..., Any]) -> str:
-    return (function.__doc__ or "").strip().split("\n")[0]
-
-
 def _in_one_line(error: object) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
@@ -119,52 +106,6 @@ def _show_warning(
     print(f"ddfast: warning: {_in_one_line(message)}", file=sys.stderr)
 
 
-class _Formatter(DefaultHelpFormatter):
-    """The help as it was written: defaults and types are in it where they matter."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        return action.help or ""
-
-
-class _Parser(ArgumentParser):
-    """Flags, or a YAML file with --config; errors are one line."""
-
-    def __init__(self, prog: str, description: str) -> None:
-        super().__init__(
-            prog=prog, description=description, formatter_class=_Formatter, allow_abbrev=False
-        )
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        message = re.sub(r'Parser key "(\w+)":', r"--\1:", message)
-        message = re.sub(
-            r"Expected a (?:<class ')?(.+?)(?:'>)?\. Got value: (.*)",
-            r"got \2, expected \1",
-            message,
-        )
-        unknown = re.search(r"(?i)unrecognized arguments: (--\w+)", message)
-        if unknown:
-            flags = [flag for action in self._actions for flag in action.option_strings]
-            near = difflib.get_close_matches(unknown[1], flags, n=1)
-            message += f" (did you mean {near[0]}?)" if near else ""
-        raise ValueError(f"{message}; `{self.prog} --help` lists the flags")
-
-    def flag(self, group: Any, names: Sequence[str], hint: Any, default: Any, help: str) -> None:
-        """One flag, which may be left out; `default` None is not mentioned."""
-        group.add_argument(
-            *(f"--{name}" for name in names),
-            type=hint,
-            default=default,
-            metavar=_metavar(hint),
-            help=help + ("" if default in (None, {}) else f" (default: {default})"),
-        )
-
-
-def _metavar(hint: Any) -> str:
-    if get_origin(hint) is Literal:
-        return "{" + ",".join(get_args(hint)) + "}"
-    return {int: "INT", float: "NUMBER", str: "TEXT"}.get(hint, "MAPPING")
-
-
 # --- distill ------------------------------------------------------------------------------------
 
 
@@ -174,7 +115,7 @@ def _distill(words: list[str]) -> None:
 
     if not words or words[0] in ("-h", "--help"):
         print("usage: ddfast distill METHOD --dataset DATASET --ipc IPC --out FOLDER ...\n")
-        print(_first_line(_distill) + "\n")
+        print(first_line(_distill) + "\n")
         for each in methods.methods().values():
             print(f"  {each.name:10}{each.matches}")
         print("\n`ddfast distill METHOD --help` lists the settings of a method.")
@@ -189,9 +130,9 @@ def _distill(words: list[str]) -> None:
         parser.error(f"required and missing: --{', --'.join(missing)}")
     names = [field.name for field in dataclasses.fields(method.config)]
     settings = {name: options[name] for name in names}
-    settings["data_options"] = _plain(settings["data_options"])
+    settings["data_options"] = plain(settings["data_options"])
     config = method.config(**settings)
-    _set_threads(options.threads)
+    set_threads(options.threads)
 
     from ddfast import data
     from ddfast.distill import distill
@@ -215,10 +156,10 @@ def _distill(words: list[str]) -> None:
         print(f"evaluate them with: ddfast evaluate {options.out}")
 
 
-def _distill_parser(method: Method) -> _Parser:
+def _distill_parser(method: Method) -> Parser:
     """Every field of the method's config as a flag, and the flags of a run."""
     published = " ".join((method.config.published.__doc__ or "").split())
-    parser = _Parser(
+    parser = Parser(
         f"ddfast distill {method.name}",
         f"{method.title}. Matches {method.matches}. Published settings, where a flag is left out: "
         f"{published}",
@@ -253,27 +194,13 @@ def _distill_parser(method: Method) -> _Parser:
     return parser
 
 
-def _plain(value: Any) -> dict[str, Any]:
-    return value.as_dict() if isinstance(value, Namespace) else dict(value or {})
-
-
-def _set_threads(threads: int | None) -> None:
-    if threads is None:
-        return
-    if threads < 1:
-        raise ValueError(f"threads: got {threads}, expected at least 1")
-    import torch
-
-    torch.set_num_threads(threads)
-
-
 # --- evaluate -----------------------------------------------------------------------------------
 
 
 def _evaluate(words: list[str]) -> None:
     """Train networks on a distilled set, random selections and the full data, and test them."""
     options = _evaluate_parser().parse_args(words)
-    _set_threads(options.threads)
+    set_threads(options.threads)
 
     from ddfast import data
     from ddfast.artefact import Artefact
@@ -290,7 +217,7 @@ def _evaluate(words: list[str]) -> None:
     data_options = options.data_options
     if data_options is None and options.dataset is None:
         data_options = artefact.config.get("data_options")
-    dataset = data.load(name, options.data_path or _data_path(place), **_plain(data_options))
+    dataset = data.load(name, options.data_path or _data_path(place), **plain(data_options))
     known = methods()
     protocol = known[artefact.method].protocol if artefact.method in known else "dm"
     out = options.out or (str(place) if place.is_dir() else None)
@@ -316,8 +243,8 @@ def _evaluate(words: list[str]) -> None:
         print(f"\nwritten to {Path(out) / 'report.md'} and report.json")
 
 
-def _evaluate_parser() -> _Parser:
-    parser = _Parser("ddfast evaluate", _first_line(_evaluate))
+def _evaluate_parser() -> Parser:
+    parser = Parser("ddfast evaluate", first_line(_evaluate))
     parser.add_argument("run", type=str, metavar="RUN", help="folder of a run, or a distilled file")
     what = parser.add_argument_group("what is trained")
     parser.flag(
@@ -330,7 +257,9 @@ def _evaluate_parser() -> _Parser:
     )
     parser.flag(what, ["seed"], int, 0, "every random number of the evaluation follows from it")
     how = parser.add_argument_group("how (left out: as the protocol has it)")
-    parser.flag(how, ["protocol"], str, None, "dc, dsa, dm or idc (default: that of the method)")
+    parser.flag(
+        how, ["protocol"], str, None, "such as dc, dsa, dm or idc (default: that of the method)"
+    )
     parser.flag(how, ["epochs", "epoch_eval_train"], int, None, "epochs, and one more is made")
     parser.flag(how, ["batch_train"], int, None, "images a step")
     parser.flag(how, ["lr_net"], float, None, "learning rate of the networks")
@@ -360,14 +289,13 @@ def _data_path(place: Path) -> str | None:
 
 def _show(words: list[str]) -> None:
     """Write the picture of a run, finished or not, or of a distilled file, and say what it is."""
-    parser = _Parser("ddfast show", _first_line(_show))
+    parser = Parser("ddfast show", first_line(_show))
     parser.add_argument("run", type=str, metavar="RUN", help="folder of a run, or a distilled file")
     parser.flag(parser, ["out"], str, None, "the picture (default: grid.png beside the images)")
     options = parser.parse_args(words)
 
     from ddfast.artefact import Artefact
     from ddfast.distill import ARTEFACT, unfinished
-    from ddfast.synthetic import grid
 
     place = Path(options.run)
     file = place / ARTEFACT if place.is_dir() else place
@@ -378,8 +306,7 @@ def _show(words: list[str]) -> None:
         artefact, iteration = unfinished(place)
         said = f"{place}: {artefact!r}, {iteration} of {artefact.config['iterations']} iterations"
     out = Path(options.out) if options.out else file.parent / "grid.png"
-    mean, std = artefact.mean, artefact.std
-    grid(artefact.normalised(mean, std), artefact.labels, mean, std, out)
+    artefact.picture(out)
     print(said)
     print(f"{out} shows the images")
 
@@ -389,7 +316,7 @@ def _show(words: list[str]) -> None:
 
 def _methods(words: list[str]) -> None:
     """List the methods: paper, what it matches, status, measured accuracies."""
-    _Parser("ddfast methods", _first_line(_methods)).parse_args(words)
+    Parser("ddfast methods", first_line(_methods)).parse_args(words)
 
     from ddfast.methods import figures, methods
 
@@ -405,9 +332,20 @@ def _methods(words: list[str]) -> None:
             )
 
 
+# --- generator ----------------------------------------------------------------------------------
+
+
+def _generator(words: list[str]) -> None:
+    """Train a class-conditional generator of a data set's images, or go on with it."""
+    from ddfast.generator.command import run
+
+    run(words, first_line(_generator))
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "distill": _distill,
     "evaluate": _evaluate,
     "show": _show,
     "methods": _methods,
+    "generator": _generator,
 }

@@ -7,11 +7,13 @@ docstring states and refuses higher orders with an error, and never changes its 
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 
 from torch import Tensor
 
 from ddfast.losses import FLOATS
 from ddfast.ops import norm_relu_pool as _norm_relu_pool
+from ddfast.ops import norm_relu_pool_means as _norm_relu_pool_means
 from ddfast.ops.registry import refuse_transforms
 from ddfast.reference.norm_relu_pool import ACTIVATIONS, POOLS
 
@@ -54,6 +56,65 @@ def norm_relu_pool(
             negative or non-finite eps, an unknown activation or pool.
         NotImplementedError: under torch.func transforms or forward-mode differentiation.
     """
+    groups = _check_block(x, weight, bias, groups, eps, activation, pool)
+    out, _, _ = _norm_relu_pool.norm_relu_pool(
+        x, weight, bias, groups, float(eps), activation, pool
+    )
+    return out
+
+
+def norm_relu_pool_means(
+    x: Tensor,
+    counts: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    groups: int = 0,
+    eps: float = 1e-5,
+    activation: str = "relu",
+    pool: str = "average",
+) -> tuple[Tensor, Tensor]:
+    """:func:`norm_relu_pool`, and each class's mean of the activation before pooling.
+
+    What CAFE (Wang et al., CVPR 2022) matches layer by layer, without storing the activation. The
+    slow equivalent averages `relu(group_norm(x, groups, weight, bias, eps))` over the images of
+    each class. First and second derivatives; a third raises NotImplementedError.
+
+    Args:
+        x: (N, channels, H, W), class after class.
+        counts: images of each class, N together.
+        others: as of `norm_relu_pool`.
+
+    Returns:
+        (N, channels, H // 2, W // 2) in x's dtype; means, (classes, channels, H, W), in float64
+        for float64, else float32, and zeros for a class without images.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `norm_relu_pool`; counts that are not
+            integers, negative, or do not sum to N.
+    """
+    groups = _check_block(x, weight, bias, groups, eps, activation, pool)
+    try:
+        counts = [operator.index(count) for count in counts]
+    except TypeError:
+        raise TypeError(f"counts: got {counts!r}, expected a list of integers") from None
+    if any(count < 0 for count in counts) or sum(counts) != len(x):
+        raise ValueError(f"counts: got {counts}, expected integers >= 0 that sum to {len(x)}")
+    out, _, _, means = _norm_relu_pool_means.norm_relu_pool_means(
+        x, weight, bias, counts, groups, float(eps), activation, pool
+    )
+    return out, means
+
+
+def _check_block(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    groups: int,
+    eps: float,
+    activation: str,
+    pool: str,
+) -> int:
+    """The number of groups, or the error that says what is wrong."""
     _check_tensor("x", x)
     if x.dim() != 4:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected (N, channels, H, W)")
@@ -90,10 +151,7 @@ def norm_relu_pool(
             )
         if tensor.device != x.device:
             raise ValueError(f"{name}: on {tensor.device}, expected {x.device}, where x is")
-    out, _, _ = _norm_relu_pool.norm_relu_pool(
-        x, weight, bias, groups, float(eps), activation, pool
-    )
-    return out
+    return groups
 
 
 def _check_tensor(name: str, tensor: Tensor) -> None:
@@ -104,4 +162,4 @@ def _check_tensor(name: str, tensor: Tensor) -> None:
         raise TypeError(f"{name}: got {tensor.dtype}, expected a floating dtype")
 
 
-__all__ = ["norm_relu_pool"]
+__all__ = ["norm_relu_pool", "norm_relu_pool_means"]

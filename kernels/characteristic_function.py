@@ -77,7 +77,7 @@ def _normal_pair(first, second, scale):
 @triton.jit
 def drawn_words(m, feature, seed, stream, FREQUENCIES: tl.constexpr):
     """Random words of 64 features from `feature` on, each (FREQUENCIES, 16)."""
-    block = (feature // 4).to(tl.int32) + tl.arange(0, 16)
+    block = (feature // 4 + tl.arange(0, 16)).to(tl.int32)
     zero = tl.zeros([FREQUENCIES, 16], tl.int32)
     return tl.philox(
         seed,
@@ -265,6 +265,8 @@ def _waves(
     classes, rows, width = x.shape
     x, t = _readable(x), None if t is None else _readable(t)
     halves = t is not None and t.dtype == x.dtype and x.dtype in HALVES
+    # The interpreter multiplies bfloat16 as if it were integers.
+    halves = halves and not triton.knobs.runtime.interpret
     operand = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}.get(x.dtype, tl.float32)
     chunk = chunk_size(rows)
     chunks, tiles = -(-rows // chunk), -(-count // FREQUENCIES)
@@ -372,7 +374,7 @@ def characteristic_function_bwd(
             if part is not grad_x:
                 grad_x += part
         if by_t and t is not None and t.shape[0] == 1:
-            flat = weights.view(classes * rows, some).T @ x.reshape(-1, width).float()
+            flat = weights.view(classes * rows, some).T @ x.reshape(classes * rows, width).float()
             grad_t[0, first : first + some] = flat
         elif by_t:
             grad_t[:, first : first + some] = weights.mT @ x.float()
@@ -413,7 +415,7 @@ def ahead_of_time() -> list[tuple[Any, ...]]:
     )
     types = dict.fromkeys(integers.split(), "i64") | {"scale": "fp32"}
     types |= dict.fromkeys(("partial", "phase", "grad", "out", "weights"), "*fp32")
-    tile = {"FREQUENCIES": FREQUENCIES, "ROWS": ROWS}
+    tile: dict[str, Any] = {"FREQUENCIES": FREQUENCIES, "ROWS": ROWS}
     for dtype, precision in (("fp32", "ieee"), ("fp32", "tf32"), ("bf16", "ieee")):
         for drawn in (False, True):
             operand = tl.bfloat16 if dtype == "bf16" and not drawn else tl.float32
@@ -423,7 +425,12 @@ def ahead_of_time() -> list[tuple[Any, ...]]:
             given = types | {"x": f"*{dtype}", "t": f"*{dtype}"}
             variants.append((wave_kernel, given, constants, {"num_warps": WARPS}))
         if dtype == "fp32":
-            step = {"PRECISION": precision, "FREQUENCIES": STEP, "ROWS": ROWS}
+            step = tile | {"PRECISION": precision, "FREQUENCIES": STEP}
             variants.append((drawn_product_kernel, types, step, {"num_warps": WARPS}))
     variants.append((weigh_kernel, types, {"FREQUENCIES": 256}))
+    # A launch turns every size of one into a constant.
+    sizes = set(integers.split()) - {"seed", "stream"}
+    for kernel, given, constants, *rest in (*variants[:3], variants[-1]):
+        ones = dict.fromkeys(sizes & set(kernel.arg_names), 1)
+        variants.append((kernel, given, constants | ones, *rest))
     return variants

@@ -231,7 +231,7 @@ def test_contents_that_do_not_fit_together_name_the_file(path):
 
     def sign(header):
         recipe = json.dumps(header["recipe"], sort_keys=True)
-        header["sha256"] = module._digest(tensors, recipe)
+        header["sha256"] = module.digest(tensors, recipe)
 
     rewritten(path, sign, tensors)
     with pytest.raises(ValueError, match=r"distilled\.safetensors cannot be used: images has"):

@@ -29,6 +29,18 @@ SMALL: dict[str, dict[str, Any]] = {
     "dsac": {"iterations": 4, "outer_loop": 2, "inner_loop": 1, "batch_real": 4, "inner_warmup": 1},
     "idc": {"iterations": 4, "inner_loop": 2, "batch_real": 4, "n_data": 8, "init": "real"},
     "idc_i": {"iterations": 4, "inner_loop": 2, "n_data": 8, "step": "per_class"},
+    "idm": {
+        "iterations": 7,
+        "batch_real": 4,
+        "net_generate_interval": 2,
+        "net_num": 4,
+        "model_train_steps": 2,
+        "reset_interval": 4,
+        "factor": 2,
+        "init": "real",
+    },
+    "m3d": {"iterations": 7, "batch_real": 4, "factor": 2, "init": "real"},
+    "cafe": {"iterations": 4, "outer_most": 3, "inner_most": 2, "batch_real": 4},
 }
 
 
@@ -112,8 +124,9 @@ def test_another_seed_gives_another_result(dataset, tmp_path) -> None:
 @pytest.mark.parametrize("momentum", [0.5, 0.0])
 @pytest.mark.parametrize(
     ("method", "update"),
-    [("dm", 0), ("dm", 5), ("dc", 3), ("dsa", 4), ("dsac", 4), ("idc", 5), ("idc_i", 3)],
-)
+    [("dm", 0), ("dm", 5), ("dc", 3), ("dsa", 4), ("dsac", 4), ("idc", 5), ("idc_i", 3),
+     ("idm", 4), ("m3d", 3), ("cafe", 7)],
+)  # fmt: skip
 def test_an_interrupted_run_resumes_to_the_same_bits(
     dataset, tmp_path, monkeypatch, method, update, momentum
 ) -> None:
@@ -298,7 +311,7 @@ def test_nan_in_one_class_is_named(dataset, tmp_path, monkeypatch) -> None:
 
     def broken(self: methods.Run, gradient: torch.Tensor, losses: torch.Tensor, *rest: Any) -> None:
         if self.iteration == 3:
-            gradient[self.of_classes(1, 2)][0, 0, 0, 0] = float("nan")
+            gradient["images"][self.of_classes(1, 2)][0, 0, 0, 0] = float("nan")
         update(self, gradient, losses, *rest)
 
     monkeypatch.setattr(methods.Run, "update", broken)

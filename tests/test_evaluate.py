@@ -134,6 +134,20 @@ def test_an_artefact_with_other_constants_is_converted(dataset, monkeypatch):
         torch.testing.assert_close(images, made.images, rtol=0, atol=1e-5)
 
 
+def test_a_set_of_cafe_with_dsa_is_evaluated_with_dsa(dataset):
+    def strategies(**arguments):
+        made = artefact(dataset, method="cafe", config={"dsa_strategy": "color_crop"})
+        arguments = {"protocol": "cafe", "baselines": False, "num_eval": 1, **QUICK} | arguments
+        set_of = arguments.pop("distilled", made)
+        return evaluate(set_of, dataset, "MLP", **arguments).rows[0].protocol.strategy
+
+    assert strategies() == "color_crop"
+    assert strategies(dsa_strategy="flip") == "flip"
+    assert strategies(dsa_strategy="none") == ""
+    assert strategies(distilled=artefact(dataset, config={"dsa_strategy": "crop"})) == ""
+    assert strategies(protocol="dm") == "color_crop_cutout_flip_scale_rotate"
+
+
 def test_soft_labels_have_a_row_of_their_own(dataset):
     soft = torch.full((6, 3), 1 / 3)
     soft[:, 0] += 0.5

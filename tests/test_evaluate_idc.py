@@ -312,8 +312,9 @@ def test_from_the_command_line(tmp_path, capsys) -> None:
 def test_every_method_knows_the_protocol_of_its_paper() -> None:
     found = {name: method.protocol for name, method in methods.methods().items()}
     assert found == {
-        **{name: name for name in ("dc", "dsa", "dm", "idc", "ncfm")},
+        **{name: name for name in ("dc", "dsa", "dm", "idc", "cafe", "m3d", "it_gan", "ncfm")},
         "dcc": "dc",
         "dsac": "dsa",
         "idc_i": "idc",
+        "idm": "dm",
     }

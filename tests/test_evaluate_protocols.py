@@ -29,7 +29,7 @@ def test_what_all_presets_share(name):
     chosen = protocol(name, named("CIFAR10"))
     assert chosen.name == name
     assert (chosen.lr, chosen.momentum, chosen.weight_decay) == (0.01, 0.9, 5e-4)
-    assert chosen.batch == (64 if name == "idc" else 256)
+    assert chosen.batch == (64 if name in ("idc", "m3d") else 256)
 
 
 @pytest.mark.parametrize("name", ["dsa", "dm"])
@@ -47,6 +47,20 @@ def test_augmented_presets(name, dataset, strategy):
     assert (without.epochs, without.augmentation, without.strategy) == (1000, "none", "")
 
 
+@pytest.mark.parametrize(("ipc", "factor"), [(1, 1), (40, 2)])
+@pytest.mark.parametrize(
+    ("dataset", "strategy"),
+    [("CIFAR10", "color_crop_flip_scale_rotate"), ("SVHN", "color_crop_scale_rotate"),
+     ("MNIST", "color_crop_scale_rotate"), ("digits", "color_crop_scale_rotate")],
+)  # fmt: skip
+def test_m3d_mixes_always_and_cuts_out_never(dataset, strategy, ipc, factor):
+    """IDC's preset has exceptions for SVHN and MNIST."""
+    chosen = protocol("m3d", named(dataset), ipc=ipc, factor=factor)
+    assert (chosen.epochs, chosen.schedule, chosen.cutmix) == (1500, "multistep", 0.5)
+    assert (chosen.augmentation, chosen.strategy) == ("idc", strategy)
+    assert protocol("m3d", named(dataset), dsa_strategy="crop").strategy == "crop"
+
+
 @pytest.mark.parametrize(
     ("dataset", "batchnorm", "epochs", "augmentation", "strategy"),
     [
@@ -62,6 +76,26 @@ def test_dc(dataset, batchnorm, epochs, augmentation, strategy):
     chosen = protocol("dc", named(dataset), batchnorm)
     assert chosen.epochs == epochs
     assert (chosen.augmentation, chosen.strategy) == (augmentation, strategy)
+
+
+@pytest.mark.parametrize(
+    ("dataset", "batchnorm", "epochs", "augmentation", "strategy"),
+    [
+        ("CIFAR10", False, 600, "none", ""),
+        ("digits", False, 600, "none", ""),
+        ("MNIST", False, 1000, "dc", "crop_scale_rotate"),
+        ("CIFAR10", True, 1000, "dc", "crop_noise"),
+    ],
+)
+def test_cafe(dataset, batchnorm, epochs, augmentation, strategy):
+    for given in (None, "none", "None"):
+        chosen = protocol("cafe", named(dataset), batchnorm, dsa_strategy=given)
+        assert chosen.epochs == epochs
+        assert (chosen.augmentation, chosen.strategy) == (augmentation, strategy)
+    with_dsa = protocol("cafe", named(dataset), batchnorm, dsa_strategy="color_crop")
+    assert (with_dsa.epochs, with_dsa.augmentation, with_dsa.strategy) == (
+        1000, "dsa", "color_crop"
+    )  # fmt: skip
 
 
 def test_overrides_and_steps():
@@ -111,7 +145,7 @@ def test_bad_overrides(error, arguments, message):
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match="must be one of dc, dsa, dm, idc, ncfm, got 'mtt'"):
+    with pytest.raises(ValueError, match=r"protocol must be one of dc, .*, got 'mtt'"):
         protocol("mtt", named("CIFAR10"))
     with pytest.raises(ValueError, match="dsa_strategy has no meaning"):
         protocol("dc", named("CIFAR10"), dsa_strategy="crop")

@@ -114,6 +114,11 @@ struct norm_relu_pool_arguments {
   void *out;
   void *out_weight, *out_bias;  // images x channels
   int threads;
+  // norm_relu_pool_means only: classes x channels x height x width, and the first image of each
+  // class, classes + 1 entries.
+  void *means;
+  const int64_t *first;
+  int64_t classes;
 };
 
 // The first block of a network: a convolution, then norm_relu_pool on what it writes.
@@ -136,6 +141,26 @@ struct multi_formation_arguments {
   bool by_image;  // the crops of one image follow each other, else the images of one crop
   bool adjoint;   // from the larger set to the smaller one
   double fill;
+  int threads;
+};
+
+enum mmd_kind : int { mmd_gaussian = 0, mmd_laplace = 1, mmd_energy = 2, mmd_polynomial = 3, mmd_linear = 4 };
+
+// Two sets of equal classes; the value and its gradient with respect to either.
+struct mmd_arguments {
+  class_rows x, y;
+  int wide;  // computed, and gradients written, in double, else in float
+  int64_t classes;
+  int64_t width;
+  int kind;
+  int degree;  // of the polynomial
+  bool unbiased;
+  const double *bandwidth;  // classes x bandwidths
+  int64_t bandwidths;
+  const double *scale;  // per class, multiplies the gradients; null: 1
+  double *value;        // per class: MMD^2, or the bandwidth
+  void *by_x, *by_y;    // classes x rows x width; null: not wanted
+  void *scratch;        // as many bytes as mmd_scratch asks for, 64-byte aligned
   int threads;
 };
 
@@ -176,11 +201,17 @@ struct kernel_table {
   void (*class_conv)(const class_conv_arguments &);
   void (*norm_relu_pool)(const norm_relu_pool_arguments &);
   void (*norm_relu_pool_bwd)(const norm_relu_pool_arguments &);
+  void (*norm_relu_pool_means)(const norm_relu_pool_arguments &);
   void (*norm_relu_pool_tangent)(const norm_relu_pool_arguments &);
   void (*norm_relu_pool_tangent_bwd)(const norm_relu_pool_arguments &);
   int64_t (*first_block_scratch)(const first_block_arguments &);
   void (*first_block)(const first_block_arguments &);
   void (*multi_formation)(const multi_formation_arguments &);
+  int64_t (*mmd_scratch)(const mmd_arguments &);
+  void (*mmd)(const mmd_arguments &);
+  // value = mean, or lower median, of the squared distances within the pooled rows
+  void (*mmd_mean_distance)(const mmd_arguments &);
+  void (*mmd_median_distance)(const mmd_arguments &);
   int64_t (*characteristic_function_scratch)(const characteristic_function_arguments &);
   void (*characteristic_function)(const characteristic_function_arguments &);
 };

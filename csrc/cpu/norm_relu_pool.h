@@ -32,6 +32,7 @@ template <typename T> struct tile {
   int64_t padded;                          // a multiple of the vector
   const T *x, *tangent, *grad, *grad_tangent;
   T *out;
+  T *sums;         // of the activation before pooling, strided as x; norm_relu_pool_means.cpp only
   int64_t stride;  // the value of pixel p in channel c is x[p * stride + c], and so for the others
   T *memory;       // quantities x padded
   bool bypass;     // write results past the caches

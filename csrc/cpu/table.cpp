@@ -19,11 +19,16 @@ int64_t class_conv_scratch(const class_conv_arguments &);
 void class_conv(const class_conv_arguments &);
 void norm_relu_pool(const norm_relu_pool_arguments &);
 void norm_relu_pool_bwd(const norm_relu_pool_arguments &);
+void norm_relu_pool_means(const norm_relu_pool_arguments &);
 void norm_relu_pool_tangent(const norm_relu_pool_arguments &);
 void norm_relu_pool_tangent_bwd(const norm_relu_pool_arguments &);
 int64_t first_block_scratch(const first_block_arguments &);
 void first_block(const first_block_arguments &);
 void multi_formation(const multi_formation_arguments &);
+int64_t mmd_scratch(const mmd_arguments &);
+void mmd(const mmd_arguments &);
+void mmd_mean_distance(const mmd_arguments &);
+void mmd_median_distance(const mmd_arguments &);
 int64_t characteristic_function_scratch(const characteristic_function_arguments &);
 void characteristic_function(const characteristic_function_arguments &);
 }  // namespace DDFAST_LEVEL
@@ -39,11 +44,16 @@ const kernel_table *DDFAST_JOIN(kernel_table_, DDFAST_LEVEL)() {
       DDFAST_LEVEL::class_conv,
       DDFAST_LEVEL::norm_relu_pool,
       DDFAST_LEVEL::norm_relu_pool_bwd,
+      DDFAST_LEVEL::norm_relu_pool_means,
       DDFAST_LEVEL::norm_relu_pool_tangent,
       DDFAST_LEVEL::norm_relu_pool_tangent_bwd,
       DDFAST_LEVEL::first_block_scratch,
       DDFAST_LEVEL::first_block,
       DDFAST_LEVEL::multi_formation,
+      DDFAST_LEVEL::mmd_scratch,
+      DDFAST_LEVEL::mmd,
+      DDFAST_LEVEL::mmd_mean_distance,
+      DDFAST_LEVEL::mmd_median_distance,
       DDFAST_LEVEL::characteristic_function_scratch,
       DDFAST_LEVEL::characteristic_function,
   };

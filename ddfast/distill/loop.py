@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import signal
 import sys
-import threading
 import time
-import warnings
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +19,16 @@ from ddfast.data import Dataset
 from ddfast.distill import checkpoint, folder
 from ddfast.distill.checkpoint import OPTIMISER, STATE
 from ddfast.distill.log import Log, in_words, peak_memory
+from ddfast.distill.process import (
+    clear,
+    deterministic,
+    say,
+    signals,
+    usable_device,
+    warn_of_changes,
+)
 from ddfast.memory import DEFAULT, parse_memory
 from ddfast.methods import Config, Diverged, Interrupted, Method, Run
-from ddfast.synthetic import grid
 
 ARTEFACT = "distilled.safetensors"
 LAST_GOOD = "last_good.safetensors"
@@ -84,13 +86,13 @@ def distill(
     budget = parse_memory(memory)
     if checkpoint_every is not None and checkpoint_every < 1:
         raise ValueError(f"checkpoint_every: got {checkpoint_every}, expected at least 1")
-    where = _device(device)
+    where = usable_device(device)
     out = folder.opened(out)
     with folder.locked(out):
         mine = folder.identity(known.name, methods.as_json(config), dataset)
         begun = folder.claim(out, mine)
         if begun and (out / ARTEFACT).exists():
-            _say(progress, f"{out} is finished; nothing to do")
+            say(progress, f"{out} is finished; nothing to do")
             return Artefact.load(out / ARTEFACT)
         run = methods.start(config, dataset, budget, where)
         known.check(run)
@@ -100,8 +102,8 @@ def distill(
             for name, value in mine["config"].items()
             if value is not None and value != {}
         ]
-        _say(progress, f"{known.name}: {', '.join(settings)}")
-        with _deterministic(), _signals(run):
+        say(progress, f"{known.name}: {', '.join(settings)}")
+        with deterministic(), signals(run):
             return _Loop(known, run, out, mine, checkpoint_every, progress).finish()
 
 
@@ -121,8 +123,8 @@ class _Loop:
         self.every, self.progress = checkpoint_every, progress
         self.checkpoints = out / "checkpoint"
         self.checkpoints.mkdir(exist_ok=True)
-        _clear(out)
-        _clear(self.checkpoints)
+        clear(out)
+        clear(self.checkpoints)
         self.seconds_before = 0.0
         self.resume()
         self.started = self.saved = time.monotonic()
@@ -167,7 +169,7 @@ class _Loop:
         except KeyboardInterrupt:
             self.save()
             bar.close()
-            _say(
+            say(
                 self.progress,
                 f"stopped and saved after {run.iteration} of {iterations} iterations; the same "
                 "command again goes on from there",
@@ -184,7 +186,7 @@ class _Loop:
     def prepare(self) -> None:
         """What the method does before its first step, such as training networks."""
         for said in self.method.prepare(self.run):
-            _say(self.progress, said)
+            say(self.progress, said)
             if self.due(prepared=True):
                 self.save()
             if self.run.stop:
@@ -256,19 +258,8 @@ class _Loop:
         }
         self.run.iteration = header["iteration"]
         self.seconds_before = header["seconds"]
-        _say(self.progress, f"{self.out}: going on after {self.run.iteration} iterations")
-        now = _conditions(self.run)
-        changed = [
-            f"{name} {value} instead of {header['made with'].get(name)}"
-            for name, value in now.items()
-            if header["made with"].get(name) != value
-        ]
-        if changed:
-            warnings.warn(
-                f"going on with {', '.join(changed)}: results may differ in the last digits",
-                RuntimeWarning,
-                stacklevel=4,
-            )
+        say(self.progress, f"{self.out}: going on after {self.run.iteration} iterations")
+        warn_of_changes(header["made with"], _conditions(self.run), 4)
 
     def artefact(self) -> Artefact:
         run, data = self.run, self.run.dataset
@@ -296,8 +287,7 @@ class _Loop:
             self.picture()
 
     def picture(self) -> None:
-        made, (mean, std) = self.artefact(), (self.run.dataset.mean, self.run.dataset.std)
-        grid(made.normalised(mean, std), made.labels, mean, std, self.out / "grid.png")
+        self.artefact().picture(self.out / "grid.png")
 
 
 def _state(run: Run) -> dict[str, Tensor]:
@@ -338,69 +328,3 @@ def _conditions(run: Run) -> dict[str, Any]:
         "torch": torch.__version__,
         "ddfast": __version__,
     }
-
-
-def _device(device: str | torch.device | None) -> torch.device:
-    if device is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        found = torch.device(device)
-        torch.empty(0, device=found)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device: got {str(device)!r}, which cannot be used: {error}") from None
-    return found
-
-
-def _clear(place: Path) -> None:
-    """Remove what a killed process left half written."""
-    for path in place.glob(".*.????????"):
-        path.unlink(missing_ok=True)
-
-
-def _say(progress: bool, text: str) -> None:
-    if progress:
-        tqdm.write(text, file=sys.stderr)
-
-
-@contextlib.contextmanager
-def _deterministic() -> Iterator[None]:
-    """Deterministic algorithms inside the block, where there are any."""
-    before = torch.are_deterministic_algorithms_enabled()
-    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    settings: Any = torch.utils.deterministic
-    fill = settings.fill_uninitialized_memory
-    benchmark = torch.backends.cudnn.benchmark
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    settings.fill_uninitialized_memory = False  # costs time, changes nothing
-    torch.backends.cudnn.benchmark = False
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warn_only)
-        settings.fill_uninitialized_memory = fill
-        torch.backends.cudnn.benchmark = benchmark
-
-
-@contextlib.contextmanager
-def _signals(run: Run) -> Iterator[None]:
-    """SIGINT and SIGTERM end the run at its next update; a second one kills it, as SIGKILL would.
-
-    The first only leaves a note, so that no exception can strike in the middle of saving.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(number: int, frame: Any) -> None:
-        if run.stop:
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        run.stop = True
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

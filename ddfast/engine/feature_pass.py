@@ -13,7 +13,7 @@ from ddfast.engine.fused import algorithm_of
 from ddfast.ops import class_weight_grad as conv
 from ddfast.ops import first_block as first
 from ddfast.ops import norm_relu_pool as norm
-from ddfast.ops.class_mean import class_mean
+from ddfast.ops import norm_relu_pool_means as means
 
 
 @dataclass
@@ -45,12 +45,13 @@ def forward(
         z = conv.class_conv(x, _weight(block), [len(x)], block.padding, kind)
         if block.convolution.bias is not None and block.bias_counts:
             z.add_(block.convolution.bias.detach().view(1, -1, 1, 1))
-        settings = *block.affine(), block.groups, block.eps, block.activation
+        settings = block.groups, block.eps, block.activation, block.pool
         if layers:
-            a, _, _ = norm.norm_relu_pool(z, *settings, "none")
-            rows = a.contiguous().flatten(1)
-            trace.maps.append(class_mean(rows, counts).view(len(counts), *a.shape[1:]))
-        x, mean, rstd = norm.norm_relu_pool(z, *settings, block.pool)
+            found = means.norm_relu_pool_means(z, *block.affine(), counts, *settings)
+            x, mean, rstd, of_classes = found
+            trace.maps.append(of_classes)
+        else:
+            x, mean, rstd = norm.norm_relu_pool(z, *block.affine(), *settings)
         if keep:
             trace.outputs.append(z)
             trace.statistics.append((mean, rstd))
@@ -89,8 +90,8 @@ def backward(
     """Gradient of the images.
 
     Args:
-        by_maps: for every block, (classes, channels, H, W), what the activation of each image of
-            the class contributes; or none.
+        by_maps: for every block, (classes, channels, H, W), the cotangent of the activation of each
+            image of the class; or none.
     """
     g: Tensor | None = None
     if by_features is not None:
@@ -98,48 +99,18 @@ def backward(
     for number in range(len(chain.blocks) - 1, -1, -1):
         block, z = chain.blocks[number], trace.outputs[number]
         share = by_maps[number] if by_maps else None
-        gz = _through(block, z, trace.statistics[number], g, share, trace.counts)
-        if gz is None:
+        settings = block.groups, block.activation, block.pool
+        given = z, *block.affine(), *trace.statistics[number], trace.counts
+        found = means.norm_relu_pool_means_bwd(g, share, *given, *settings)
+        if found is None:
             continue
         size = trace.sizes[number]
         kind = algorithm_of(block, size, algorithm)
-        g = conv.class_input_grad(gz, _weight(block), [len(z)], size, block.padding, kind)
+        g = conv.class_input_grad(found[0], _weight(block), [len(z)], size, block.padding, kind)
     if g is None:
         x = chain.blocks[0].convolution.in_channels, *trace.sizes[0]
         return trace.outputs[0].new_zeros(len(trace.outputs[0]), *x)
     return g
-
-
-def _through(
-    block: Block,
-    z: Tensor,
-    statistics: tuple[Tensor, Tensor],
-    by_pooled: Tensor | None,
-    by_mean: Tensor | None,
-    counts: Sequence[int],
-) -> Tensor | None:
-    """Cotangent of a convolution's result, from those of the block's result and class means."""
-
-    def back(grad: Tensor, pool: str) -> Tensor:
-        settings = *statistics, block.groups, block.activation, pool
-        return norm.norm_relu_pool_bwd(grad, z, *block.affine(), *settings)[0]
-
-    if by_mean is None:
-        return None if by_pooled is None else back(by_pooled, block.pool)
-    by_mean = by_mean.to(z.dtype)
-    over = torch.cat([m.expand(n, *m.shape) for m, n in zip(by_mean, counts, strict=True)])
-    over = _last(over)
-    if by_pooled is None:
-        return back(over, "none")
-    # The gradient is linear in the cotangent; only a maximum must be routed by the operator.
-    if block.pool == "max":
-        return back(over, "none").add_(back(by_pooled, "max"))
-    if block.pool == "none":
-        return back(over.add_(by_pooled), "none")
-    height, width = by_pooled.shape[2] * 2, by_pooled.shape[3] * 2
-    cells = over[:, :, :height, :width].unflatten(3, (-1, 2)).unflatten(2, (-1, 2))
-    cells.add_(by_pooled[:, :, :, None, :, None], alpha=0.25)
-    return back(over, "none")
 
 
 def _last(x: Tensor) -> Tensor:

@@ -67,22 +67,24 @@ def evaluate(
     For each model the report has a row for the distilled set with its hard labels, one with its
     soft labels if it has any, one for random selections with as many images of each class, and one
     for the full data with about as many SGD steps (see `ddfast.evaluate.steps_matched`). An
-    artefact with a decoder is decoded first; what counts for the selections is what it stores. A
-    learned learning rate is not used: the protocols have their own.
+    artefact with a decoder is decoded first; what counts for the selections is what it stores,
+    hallucinators or coefficients as so many images as would take the same storage. A learned
+    learning rate is not used: the protocols have their own.
 
     Args:
         distilled: an artefact (one with other constants is converted); or a pair of images,
             `(N, channels, H, W)`, float normalised as the data set is or uint8, and int64 labels.
         dataset: its test images decide; `ddfast.data.hold_out` for choosing settings without them.
         models: names for `ddfast.nets.build`.
-        protocol: `"dc"`, `"dsa"`, `"dm"` or `"idc"`, see `ddfast.evaluate.protocol`.
+        protocol: `"dc"`, `"dsa"`, `"dm"`, `"idc"`, ...: see `ddfast.evaluate.protocol`.
         num_eval: networks for each set.
         seed: all random numbers follow from it: the selections from (seed, "evaluate: selection",
             number), the networks as in `ddfast.evaluate.train_networks`.
         selections: how many random selections.
         baselines: False leaves out random selections and full data.
         progress: show a bar on stderr.
-        epochs, batch, lr, dsa_strategy: override the protocol's.
+        epochs, batch, lr, dsa_strategy: override the protocol's. Without a dsa_strategy, cafe has
+            that of the artefact's config, if it is CAFE's.
         device: None for the GPU if there is one, else the CPU.
         out: folder for `report.json` and `report.md`, found to be writable before any work.
 
@@ -101,6 +103,8 @@ def evaluate(
     factor = 1
     if isinstance(distilled, Artefact) and distilled.decoder is not None:
         factor = distilled.decoder.get("factor", 1)
+    if protocol == "cafe" and dsa_strategy is None and isinstance(distilled, Artefact):
+        dsa_strategy = distilled.config.get("dsa_strategy") if distilled.method == "cafe" else None
 
     plans = []
     for model, batchnorm in names.items():
@@ -190,7 +194,7 @@ def _checked_models(models: str | Sequence[str], dataset: Dataset) -> dict[str, 
 def _own_sets(
     distilled: Artefact | TrainingSet, dataset: Dataset
 ) -> tuple[Tensor, TrainingSet, TrainingSet | None]:
-    """Labels of the stored images, the set with hard labels, and with soft ones if it has any."""
+    """Labels of what is stored, the set with hard labels, and with soft ones if it has any."""
     if not isinstance(distilled, Artefact):
         try:
             images, labels = distilled
@@ -216,7 +220,20 @@ def _own_sets(
     decoded = distilled.decoded()
     images, soft = decoded.normalised(dataset.mean, dataset.std), decoded.soft_labels
     hard = (images, decoded.labels)
-    return distilled.labels, hard, None if soft is None else (images, soft)
+    return _as_images(distilled, dataset), hard, None if soft is None else (images, soft)
+
+
+def _as_images(distilled: Artefact, dataset: Dataset) -> Tensor:
+    """Labels of as many images as the artefact has numbers.
+
+    Those of the stored images; but where these are decoded with further tensors, of so many of each
+    class, rounded up, as would take the same storage.
+    """
+    if not distilled.decoder_tensors:
+        return distilled.labels
+    image = dataset.channels * dataset.size[0] * dataset.size[1]
+    per_class = -(-distilled.stored_numbers // (image * dataset.num_classes))
+    return torch.arange(dataset.num_classes).repeat_interleave(per_class)
 
 
 def _some(names: Sequence[str]) -> str:

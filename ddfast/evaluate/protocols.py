@@ -15,10 +15,13 @@ from ddfast.methods.config import dsa_strategy as published_dsa_strategy
 
 __all__ = ["PROTOCOLS", "Protocol", "protocol", "steps_matched"]
 
-PROTOCOLS = ("dc", "dsa", "dm", "idc", "ncfm")
+PROTOCOLS = ("dc", "dsa", "dm", "idc", "cafe", "m3d", "it_gan", "ncfm")
 
 EPOCHS = 300
+EPOCHS_CAFE = 600
 EPOCHS_AUGMENTED = 1000
+EPOCHS_IT_GAN = 200
+EPOCHS_M3D = 1500
 NCFM_EPOCHS, NCFM_EPOCHS_TINY = 2000, 300
 
 # IDC beyond 64 pixels: epochs for up to so many images of a class, after decoding; beyond, 300.
@@ -137,10 +140,15 @@ def protocol(
               official script does the latter for the model `ConvNetBN` only)
     `dsa`     DSA and 1000 epochs
     `dm`      the same; the paper's name for it
+    `it_gan`  DSA and 200 epochs. The published code leaves out the last batch of an epoch if
+              it is smaller, which would leave nothing of a small set; here it counts
     `idc`     schedule "multistep", batches of 64; flip, color and one of crop, scale and
               rotate; CutMix on half of the batches; 1000 epochs. Beyond 64 pixels CutMix
               on all batches and 3000 to 300 epochs by the images per class (two thirds of
               that from 100 classes on)
+    `m3d`     as `idc`, with 1500 epochs, CutMix and without cutout on all data sets
+    `cafe`    as `dc`, with 600 epochs where it has no augmentation; with a `dsa_strategy`
+              (CAFE+DSA) as `dsa`
     `ncfm`    AdamW with 0.001, schedule "fifths", batches of 128; the augmentation of `idc`;
               CutMix on half of the batches; 2000 epochs, for Tiny-ImageNet 300
     ========  ==========================================================================
@@ -149,14 +157,14 @@ def protocol(
     factor 1, are trained without CutMix (SVHN then with cutout). Its augmentation of ImageNet
     (random resized crops, jitter, lighting) is not offered; the above stands in for it. Its code
     prints the best of four accuracies measured on the test set in the course of the training beside
-    the last one, and NCFM's reports the best. Choosing on the test set is no evaluation: here it is
-    always the last. NCFM's code leaves AdamW's weight decay at PyTorch's 0.01. Soft labels, with
-    which the paper's main table is made for few images, are not part of the protocol.
+    the last one, and M3D and NCFM report the best. Choosing on the test set is no evaluation: here
+    it is always the last. NCFM's code leaves AdamW's weight decay at PyTorch's 0.01. Soft labels,
+    with which its paper's main table is made for few images, are not part of the protocol.
 
     DSA's strategy is the published one: all operations, without flip for digits (`digits`, MNIST,
-    SVHN). With the strategy `"none"` dsa and dm keep their 1000 epochs. The papers report 20
-    networks for each of 5 distilled sets (DC, DSA) or 5 networks (DM); how many is up to
-    `ddfast.evaluate.evaluate`.
+    SVHN). With the strategy `"none"` dsa and dm keep their 1000 epochs. `ddfast.evaluate.evaluate`
+    gives cafe the strategy that the set was distilled with. The papers report 20 networks for each
+    of 5 distilled sets (DC, DSA) or 5 networks (DM); how many is up to the evaluation.
 
     Args:
         name: one of `PROTOCOLS`.
@@ -175,17 +183,20 @@ def protocol(
         preset = _ncfm(dataset, dsa_strategy)
     elif name == "idc":
         preset = _idc(dataset, ipc, factor, dsa_strategy)
-    elif name == "dc":
-        if dsa_strategy is not None:
+    elif name == "m3d":
+        preset = _m3d(dataset, dsa_strategy)
+    elif name == "dc" or (name == "cafe" and (dsa_strategy or "none").lower() == "none"):
+        if dsa_strategy is not None and name == "dc":
             raise ValueError("dsa_strategy has no meaning for protocol 'dc'; use another one")
         strategy = "crop_noise" if batchnorm else "crop_scale_rotate"
         if batchnorm or dataset.name == "MNIST":
             preset = Protocol(name, EPOCHS_AUGMENTED, "dc", strategy)
         else:
-            preset = Protocol(name, EPOCHS)
+            preset = Protocol(name, EPOCHS if name == "dc" else EPOCHS_CAFE)
     else:
         strategy = published_dsa_strategy(dataset) if dsa_strategy is None else dsa_strategy
-        preset = Protocol(name, EPOCHS_AUGMENTED, *_augmentation("dsa", strategy))
+        epochs_here = EPOCHS_IT_GAN if name == "it_gan" else EPOCHS_AUGMENTED
+        preset = Protocol(name, epochs_here, *_augmentation("dsa", strategy))
     return dataclasses.replace(
         preset,
         epochs=preset.epochs if epochs is None else epochs,
@@ -223,6 +234,16 @@ def _idc(dataset: Dataset, ipc: int, factor: int, given: str | None) -> Protocol
         schedule="multistep",
         cutmix=cutmix if mixed else 0.0,
     )
+
+
+def _m3d(dataset: Dataset, given: str | None) -> Protocol:
+    """M3D's (Zhang H. et al., AAAI 2024): that of IDC without its exceptions, for longer."""
+    if given is None:
+        names = published_dsa_strategy(dataset).split("_")
+        given = "_".join(name for name in names if name != "cutout")
+    preset = _idc(dataset, 1, 1, given)
+    cutmix = 1.0 if idc.kin(dataset) == "ImageNet" else 0.5
+    return dataclasses.replace(preset, name="m3d", epochs=EPOCHS_M3D, cutmix=cutmix)
 
 
 def _ncfm(dataset: Dataset, given: str | None) -> Protocol:

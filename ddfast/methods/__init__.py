@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ddfast.methods import dc, dcc, dm, dsa, dsac, idc, idc_i, ncfm
+from ddfast.methods import cafe, dc, dcc, dm, dsa, dsac, idc, idc_i, idm, it_gan, m3d, ncfm
 from ddfast.methods.config import Config, as_json, resolve
 from ddfast.methods.run import Diverged, Interrupted, Run, start
 
@@ -65,6 +65,10 @@ def methods() -> dict[str, Method]:
         "dsac": dsac,
         "idc_i": idc_i,
         "idc": idc,
+        "it_gan": it_gan,
+        "idm": idm,
+        "m3d": m3d,
+        "cafe": cafe,
         "ncfm": ncfm,
     }
     return {

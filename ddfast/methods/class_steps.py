@@ -21,6 +21,20 @@ from torch import Tensor
 from ddfast.methods.run import Run
 
 
+def check_class_steps(run: Run) -> None:
+    """Refuse steps per class where the classes share some of what is learned.
+
+    Raises:
+        ValueError: naming the parametrisation.
+    """
+    shared = sorted(set(run.tensors) - {run.rows})
+    if shared:
+        raise ValueError(
+            "step: got 'per_class', for which every class must have images of its own; with "
+            f"{run.config.parametrisation} they share {', '.join(shared)}, so use 'joint'"
+        )
+
+
 def at_their_turn(run: Run) -> Tensor:
     """The images of every class where they are when its turn comes, in the images' shape."""
     m = run.config.momentum

@@ -12,6 +12,7 @@ from typing import Any, ClassVar, Literal, TypeVar, get_args, get_origin, get_ty
 import torch
 from torch import Tensor
 
+from ddfast.augment import DSA
 from ddfast.data import Dataset, canonical_name, names
 from ddfast.synthetic.parametrisation import recipe, starting_set
 
@@ -56,7 +57,26 @@ def setting(
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Settings:
+    """Fields made with `setting`, checked when made.
+
+    Raises:
+        TypeError, ValueError: a value of the wrong type or out of range; the message names it.
+    """
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if value is not None:
+                value = _checked(field.name, value, hints[field.name], field.metadata)
+                object.__setattr__(self, field.name, value)
+            elif field.default is MISSING or field.default is not None:
+                raise TypeError(f"{field.name}: got None, expected {_expected(hints[field.name])}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Settings):
     """Settings of a distillation run.
 
     A method's config adds its own fields and says in `published` what it uses where a field is left
@@ -102,16 +122,6 @@ class Config:
     lr_img: float = setting("learning rate of the synthetic images", above=0)
     momentum: float = setting("momentum of the synthetic images", 0.5, least=0, below=1)
 
-    def __post_init__(self) -> None:
-        hints = get_type_hints(type(self))
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if value is not None:
-                value = _checked(field.name, value, hints[field.name], field.metadata)
-                object.__setattr__(self, field.name, value)
-            elif field.default is MISSING or field.default is not None:
-                raise TypeError(f"{field.name}: got None, expected {_expected(hints[field.name])}")
-
     def published(self, dataset: Dataset) -> Mapping[str, Any]:
         """The value of every field that may be left out, for this data set and `self.ipc`."""
         return {
@@ -148,6 +158,10 @@ class Config:
             size: (H, W) of the data set's images.
         """
         return recipe(self.parametrisation, self.factor or 1, size, self.space)
+
+    def augmentation(self) -> DSA:
+        """Of the images that are matched; the identity for methods without."""
+        return DSA(getattr(self, "dsa_strategy", "none"))
 
     @property
     def rows(self) -> str:
@@ -200,7 +214,7 @@ def dsa_strategy(dataset: Dataset) -> str:
     return "color_crop_cutout_flip_scale_rotate"
 
 
-def as_json(config: Config) -> dict[str, Any]:
+def as_json(config: Settings) -> dict[str, Any]:
     """The fields as plain values that survive a round trip through JSON."""
     return {
         field.name: getattr(config, field.name)

@@ -151,20 +151,33 @@ def train(run: Run, net: Network, optimiser: torch.optim.Optimizer, outer: int) 
     """`inner_loop` epochs on the synthetic set, each image augmented on its own if at all."""
     config = run.config
     assert isinstance(config, Config)
-    net.train()
     images, labels = run.training_set()
     random = run.generator("network training", outer)
     for _ in range(config.inner_loop):
-        order = torch.randperm(len(images), generator=random).to(run.device)
-        for batch in order.split(config.batch_train):
-            draw = run.augment.draw(random, run.dataset.size, count=len(batch))
-            x = run.augment(images[batch], draw)
-            optimiser.zero_grad()
-            cross_entropy(net(x), labels[batch]).backward()
-            optimiser.step()
-        run.processed += len(images)
-        if run.stop:
-            raise Interrupted
+        epoch(run, net, optimiser, images, labels, config.batch_train, random)
+
+
+def epoch(
+    run: Run,
+    net: Network,
+    optimiser: torch.optim.Optimizer,
+    images: Tensor,
+    labels: Tensor,
+    batch: int,
+    random: torch.Generator,
+) -> None:
+    """One pass over the synthetic set, as `run.training_set` gives it."""
+    net.train()
+    order = torch.randperm(len(images), generator=random).to(run.device)
+    for chosen in order.split(batch):
+        draw = run.augment.draw(random, run.dataset.size, count=len(chosen))
+        x = run.augment(images[chosen], draw)
+        optimiser.zero_grad()
+        cross_entropy(net(x), labels[chosen]).backward()
+        optimiser.step()
+    run.processed += len(images)
+    if run.stop:
+        raise Interrupted
 
 
 def _freeze_statistics(run: Run, net: Network, outer: int) -> None:

@@ -75,11 +75,17 @@ def step(run: Run) -> Tensor:
     return losses
 
 
-def real_batch(run: Run) -> RealBatch:
-    """`batch_real` images of every class, and the same augmentation for both sides of a class."""
-    indices, counts = run.sampler.sample_all(run.config.batch_real, run.generator("real images"))
+def real_batch(run: Run, *moment: int) -> RealBatch:
+    """`batch_real` images of every class, and the same augmentation for both sides of a class.
+
+    Args:
+        moment: where in the iteration, if it needs more than one batch.
+    """
+    indices, counts = run.sampler.sample_all(
+        run.config.batch_real, run.generator("real images", *moment)
+    )
     draw = run.augment.draw(
-        run.generator("augmentation"),
+        run.generator("augmentation", *moment),
         run.dataset.size,
         count=run.dataset.num_classes,
         independent=True,

@@ -15,8 +15,8 @@ is made, and classes go through in groups that fit into the memory.
 from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ddfast.engine import features
 from ddfast.engine.chain import recognise
-from ddfast.engine.features import images_at_once
+from ddfast.engine.features import Features, images_at_once
 from ddfast.losses import class_mean
 from ddfast.memory import FIRST_ORDER, FORWARD
 from ddfast.methods.run import Decoded, Interrupted, Run
@@ -96,9 +96,19 @@ def add_means(
     total: Tensor, means: Tensor, first: int, within: list[int], counts: list[int]
 ) -> None:
     """Add to the means of whole classes those of a piece of them, by their shares."""
+    factors = _shares(first, within, counts, total)
+    total[first : first + len(within)] += _times(means, factors)
+
+
+def _shares(first: int, within: list[int], counts: list[int], like: Tensor) -> Tensor:
+    """Of a piece in each of its classes, (classes of the piece,)."""
     shares = [n / counts[first + c] for c, n in enumerate(within)]
-    factors = torch.tensor(shares, dtype=total.dtype).to(total.device)
-    total[first : first + len(within)] += factors.unsqueeze(1) * means
+    return torch.tensor(shares, dtype=like.dtype).to(like.device)
+
+
+def _times(rows: Tensor, factors: Tensor) -> Tensor:
+    """Each row times its factor."""
+    return rows * factors.view(-1, *[1] * (rows.dim() - 1))
 
 
 def sweep(
@@ -110,6 +120,7 @@ def sweep(
     held: int = 0,
     tensors: Mapping[str, Tensor] | None = None,
     classes: tuple[int, int] | None = None,
+    fewer: Callable[[Decoded], Decoded] | None = None,
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Every class matched once.
 
@@ -118,6 +129,7 @@ def sweep(
         held: numbers that the statistic holds for a class, beside the mean of its features.
         tensors: what is learned, if not `run.tensors`.
         classes: first and end of those that are matched; None: all.
+        fewer: chooses of the decoded images those that are matched, such as `subset`.
 
     Returns:
         Gradients of the summed losses by what is learned, and the losses, (classes,).
@@ -131,6 +143,8 @@ def sweep(
     for first in range(begin, stop, together):
         end = min(first + together, stop)
         made = run.decoded(first, end, tensors)
+        if fewer is not None:
+            made = fewer(made)
         x = run.augment(run.normalised(made.images), real.draw[:, first:end], made.counts)
 
         def value(found: Tensor, first: int = first, end: int = end, made: Decoded = made):  # type: ignore[no-untyped-def]
@@ -145,30 +159,72 @@ def sweep(
     return gradients, torch.cat(losses)
 
 
+def subset(run: Run, made: Decoded, most: int) -> Decoded:
+    """At most so many of the decoded images of each class, drawn anew in every iteration."""
+    if max(made.counts) <= most:
+        return made
+    # Class by class, for the choice must not depend on which classes are together.
+    chosen, start = [], 0
+    for c, count in enumerate(made.counts, made.classes[0]):
+        random = run.generator("subset of the decoded", c)
+        chosen.append(start + torch.randperm(count, generator=random)[:most])
+        start += count
+    rows = torch.cat(chosen).to(made.images.device)
+    counts = [len(each) for each in chosen]
+    return replace(made, images=made.images[rows], labels=made.labels[rows], counts=counts)
+
+
 def there_and_back(
     run: Run, net: Network, x: Tensor, value: Callable[[Tensor], tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
     """A function of the images' features, and its gradient by the images.
+
+    Args:
+        x: normalised, augmented.
+        value: from the features to a result and the gradient by the features.
+    """
+    found = kept(run, net, x)
+    result, by_features = value(found.features)
+    return result, found.backward(by_features)
+
+
+def kept(run: Run, net: Network, x: Tensor, counts: list[int] | None = None) -> Features:
+    """Features of images and their way back, with the class means of blocks if `counts` are given.
 
     Where the images do not fit together into the memory, they go through the network twice: for
     their features, and again piece by piece for the way back.
 
     Args:
         x: normalised, augmented.
-        value: from the features to a result and the gradient by the features.
+        counts: images of each class.
     """
+    layers = counts is not None
     most = len(x) if has_batchnorm(net) else at_once(run, net, True)
     if len(x) <= most:
-        found = features(net, x, keep=True)
-        result, by_features = value(found.features)
-        return result, found.backward(by_features)
-    pieces = x.split(most)
-    result, by_features = value(torch.cat([features(net, piece).features for piece in pieces]))
-    back = [
-        features(net, piece, keep=True).backward(by)
-        for piece, by in zip(pieces, by_features.split(most), strict=True)
-    ]
-    return result, torch.cat(back)
+        return features(net, x, counts, keep=True, layers=layers)
+    counts = counts or [len(x)]
+    pieces = list(pieces_of(counts, most))
+    rows, maps = list[Tensor](), list[Tensor]()
+    for piece, first, within in pieces:
+        found = features(net, x[piece], within, layers=layers)
+        rows.append(found.features)
+        maps = maps or [part.new_zeros(len(counts), *part.shape[1:]) for part in found.maps]
+        for total, part in zip(maps, found.maps, strict=True):
+            add_means(total, part, first, within, counts)
+
+    def backward(by_features: Tensor | None, by_maps: Sequence[Tensor] | None) -> Tensor:
+        by_x = torch.empty_like(x)
+        for piece, first, within in pieces:
+            found = features(net, x[piece], within, keep=True, layers=layers)
+            shares = [
+                _times(by[first : first + len(within)], _shares(first, within, counts, by))
+                for by in by_maps or ()
+            ]
+            by_rows = None if by_features is None else by_features[piece]
+            by_x[piece] = found.backward(by_rows, shares or None)
+        return by_x
+
+    return Features(torch.cat(rows), maps, backward)
 
 
 def real_images(

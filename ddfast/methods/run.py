@@ -175,6 +175,9 @@ class Run:
 
     def training_set(self) -> tuple[Tensor, Tensor]:
         """All images as networks see them, outside any graph, and their labels."""
+        if self.make is not None:
+            with torch.no_grad():
+                return self.make(self.tensors, self.labels), self.labels
         made = self.decoded(0, self.dataset.num_classes)
         return made.images.detach(), made.labels
 
@@ -287,7 +290,7 @@ def start(
         optimiser=config.optimiser(tensors),
         net=net,
         sampler=ClassSampler(dataset.train_labels, dataset.num_classes),
-        augment=DSA(getattr(config, "dsa_strategy", "none")),
+        augment=config.augmentation(),
         memory=memory,
         activations=activation_bytes(net, (dataset.channels, *dataset.size)),
     )

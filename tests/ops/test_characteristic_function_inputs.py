@@ -15,6 +15,7 @@ from ddfast import losses
 from ddfast.losses import Frequencies
 from ddfast.ops import characteristic_function as ops
 from ddfast.reference import characteristic_function as reference
+from ddfast.reference.frequencies import frequencies
 from ddfast.testing import (
     assert_same_bits,
     assert_same_bits_for_any_threads,
@@ -117,13 +118,20 @@ def test_same_bits_for_any_number_of_threads():
     assert_same_bits_for_any_threads(everything)
 
 
-def test_many_rows_are_weighed_in_slabs(monkeypatch):
+def test_many_rows_are_weighed_in_slabs():
     """More rows x frequencies than the kernel holds weights for at once."""
     x = draw(1, 17_000, 3, seed=1, dtype=torch.float32)
     t = draw(1, 600, 3, seed=2, dtype=torch.float32)
     check(x, t)
     grad = draw(1, 600, 2, dtype=torch.float32)
     assert_same_bits(run(x, t, grad), run(x, t, grad, keep=False))
+    drawn = frequencies(600, 3, 7, 1.0, 2, 1, torch.float64)
+    _, given = run(x.double(), drawn, grad)[:2]
+    numbers, nothing = (600, 7, 1.0, 2), torch.empty(0, dtype=torch.float64)
+    found, _ = ops.characteristic_function_bwd(
+        grad.double(), x.double(), None, nothing, *numbers, True, False
+    )
+    torch.testing.assert_close(found, given, rtol=1e-9, atol=1e-15)
 
 
 @pytest.mark.parametrize("types", list(itertools.product(DTYPES, DTYPES)))

@@ -23,8 +23,10 @@ def caught(self, name, function, key="", **options):
 
 torch.library.Library.impl = caught
 import ddfast
+import ddfast.ops.characteristic_function
 import ddfast.ops.class_weight_grad
 import ddfast.ops.first_block
+import ddfast.ops.mmd
 import ddfast.ops.multi_formation
 from ddfast import backend
 from ddfast.testing import flatten
@@ -35,6 +37,7 @@ find = backend.triton_kernels
 backend.triton_kernels = lambda module: (asked.append(module), find(module))[1]
 
 syn, real = ([torch.linspace(-1, top, 12).reshape(3, 4)] for top in (1, 2))
+cubes = [syn[0].reshape(3, 2, 2), real[0].reshape(3, 2, 2)]
 grad, images = torch.ones(1), torch.linspace(-1, 1, 150).reshape(2, 3, 5, 5)
 draw = torch.tensor([[1.0, 1.0, 1.0, 0.0]], dtype=torch.float64)  # crop
 weight, by_out = torch.linspace(-1, 1, 108).reshape(2, 2, 3, 3, 3), images[:, :2]
@@ -45,6 +48,10 @@ calls = {
     "gradient_distance": (*common, True),
     "gradient_distance_bwd": (grad, *common, True, True),
     "gradient_distance_bwd_bwd": (syn, real, grad, *common),
+    "characteristic_function": (*cubes, 2, 0, 1.0, 0, True),
+    "characteristic_function_bwd": (
+        torch.linspace(-1, 1, 12).reshape(3, 2, 2), *cubes, torch.empty(0), 2, 0, 1.0, 0, True, True
+    ),
     "class_mean": (syn[0], [2, 1]),
     "class_mean_distance": (syn[0], real[0], [2, 1], [1, 2]),
     "augment": (images, draw, False, True),
@@ -52,6 +59,8 @@ calls = {
     "class_conv": (images, weight, [1, 1], 1, "auto"),
     "class_input_grad": (by_out, weight, [1, 1], [5, 5], 1, "auto"),
     "class_weight_grad": (images, by_out, [1, 1], [3, 3], 1, "auto"),
+    "mmd": (*cubes, torch.ones(3, 2), "gaussian", 2, False, True, True),
+    "mmd_bwd": (torch.ones(3), *cubes, torch.ones(3, 2), "laplace", 2, True, True, True),
     "multi_formation": (images, 2, "crop", 0.5),
     "multi_formation_adjoint": (images.repeat(2, 1, 1, 1), 2, "image"),
     "norm_relu_pool": (images, None, None, 3, 1e-5, *block),
@@ -60,6 +69,7 @@ calls = {
     "norm_relu_pool_tangent_bwd": (
         pooled, None, images, images.cos(), *(None,) * 4, *statistics, 3, *block
     ),
+    "norm_relu_pool_means": (images, None, None, [1, 1], 3, 1e-5, *block),
 }
 blocks = {  # made of the operators above on CUDA
     "first_block": (images, weight[0], None, None, None, 1, 2, 1e-5, *block),
@@ -84,5 +94,5 @@ def test_the_cuda_key_hands_over_to_triton():
     pytest.importorskip("triton", reason="triton is not installed")
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    # Its closed form needs no kernel of its own: the reference answers.
-    assert done.stdout.split("\n")[0] == "['class_mean_bwd']"
+    # Closed forms, and a selection, without a kernel of their own: the reference answers.
+    assert done.stdout.split("\n")[0] == "['class_mean_bwd', 'mmd_bandwidth']"

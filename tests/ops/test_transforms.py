@@ -17,6 +17,7 @@ FUNCTIONS = {
     "gradient_distance": lambda x: losses.gradient_distance([x], [OTHER]),
     "class_mean": lambda x: losses.class_mean(x),
     "class_mean_distance": lambda x: losses.class_mean_distance(x, OTHER).sum(),
+    "mmd": lambda x: losses.mmd(x, OTHER.flip(1)).sum(),
     "augment": lambda x: augment.apply(x[None], DRAW),
     "multi_formation": lambda x: multi_formation.decode(x[None], torch.zeros(1), 2)[0],
 }

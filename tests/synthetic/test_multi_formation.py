@@ -9,7 +9,13 @@ import torch.nn.functional as F
 import ddfast
 from ddfast.data import Dataset
 from ddfast.random import generator
-from ddfast.synthetic.multi_formation import decode, decoded_count, initialise, subsample
+from ddfast.synthetic.multi_formation import (
+    decode,
+    decoded_count,
+    initialise,
+    quadrants,
+    subsample,
+)
 
 
 def images(n, channels=2, height=6, width=6, dtype=torch.float64):
@@ -330,3 +336,28 @@ def test_wrong_options_and_small_classes_are_named():
     ):
         with pytest.raises(ValueError, match=message):
             initialise(data, *arguments)
+
+
+# --- IDM's quadrants ----------------------------------------------------------------------------
+
+
+def test_quadrants_are_the_crops_of_factor_two_in_another_order():
+    images = torch.randn(3, 2, 8, 6, generator=torch.Generator().manual_seed(0)).double()
+    labels = torch.tensor([0, 1, 1])
+    made, repeated = quadrants(images, labels)
+    assert repeated.tolist() == [0, 1, 1] * 4
+    cells = [images[:, :, y : y + 4, x : x + 3] for x in (0, 3) for y in (0, 4)]
+    expected = torch.cat([F.interpolate(c, scale_factor=2, mode="bilinear") for c in cells])
+    torch.testing.assert_close(made, expected, rtol=1e-12, atol=1e-12)
+
+    crops, others, _ = decode(images, labels, 2)
+    # Of an image: top left, top right, bottom left, bottom right.
+    order = [3 * [0, 2, 1, 3].index(p) + n for n in range(3) for p in range(4)]
+    assert torch.equal(made[order], crops) and torch.equal(repeated[order], others)
+
+
+def test_quadrants_of_an_odd_side():
+    images = torch.ones(1, 1, 5, 5)
+    made, _ = quadrants(images, torch.tensor([0]))
+    assert made.shape == (4, 1, 5, 5)
+    assert (made[0] == 1).all() and made[3, 0, -1, -1] == 0  # continued with zeros

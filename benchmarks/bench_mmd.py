@@ -1,0 +1,219 @@
+"""Squared maximum mean discrepancy (M3D's and other kernels), value and gradient by x.
+
+    python benchmarks/bench_mmd.py --out benchmarks/results/mmd.csv
+    python benchmarks/bench_mmd.py --memory 10000      # peak memory at n=m=10000, d=128 instead
+
+The second form takes a process for each provider; eager needs about 20 GB at 10000 rows.
+
+The baseline is the plain formula, |a|^2 + |b|^2 - 2ab, exponentials and means, with autograd, over
+one matrix of all pooled rows, as in the published code. GFLOP/s count four products of n x m x d
+for all providers: distances of both sets and between them, each pair once, and the gradient.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+from harness import Case, compiled, run
+
+import ddfast
+from ddfast import losses
+
+FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
+
+
+def by_formula(z: Tensor) -> Tensor:
+    """Squared distances of all pooled rows by one product."""
+    norms = (z * z).sum(-1)
+    squared = norms.unsqueeze(-1) + norms.unsqueeze(-2) - 2 * z @ z.mT
+    return squared.clamp_min(0)
+
+
+def by_cdist(z: Tensor) -> Tensor:
+    return torch.cdist(z, z) ** 2
+
+
+def plain(distances: Callable[[Tensor], Tensor], kernel: str, x: Tensor, y: Tensor) -> Tensor:
+    """MMD^2 of every class, over the matrix of all pairs."""
+    n = x.shape[-2]
+    squared = distances(torch.cat([x, y], -2))
+    if kernel == "energy":
+        # What is added keeps the slope of the root finite on the diagonal.
+        values = -(squared + 1e-12).sqrt()
+    else:
+        rows = squared.shape[-1]
+        h = squared.detach().sum((-2, -1), keepdim=True) / (rows**2 - rows)
+        values = sum((torch.exp(-squared / (h * f)) for f in FACTORS), torch.zeros_like(squared))
+    within = values[..., :n, :n].mean((-2, -1)) + values[..., n:, n:].mean((-2, -1))
+    return within - 2 * values[..., :n, n:].mean((-2, -1))
+
+
+def keops(kernel: str, x: Tensor, y: Tensor) -> Tensor:
+    """The same with KeOps' lazy matrices."""
+    from pykeops.torch import LazyTensor
+
+    pooled = torch.cat([x, y], -2).detach()
+    rows = pooled.shape[-2]
+    centred = pooled - pooled.mean(-2, keepdim=True)
+    h = 2 * rows * (centred**2).sum((-2, -1), keepdim=True) / (rows**2 - rows)
+
+    def mean(a: Tensor, b: Tensor) -> Tensor:
+        left, right = LazyTensor(a.unsqueeze(-2)), LazyTensor(b.unsqueeze(-3))
+        squared = ((left - right) ** 2).sum(-1)
+        if kernel == "energy":
+            values = -squared.sqrt()
+        else:
+            terms = [(-squared / LazyTensor((h * f).unsqueeze(-1))).exp() for f in FACTORS]
+            values = sum(terms[1:], terms[0])
+        total = values.sum(values.dim() - 1)
+        return total.sum((-2, -1)) / (a.shape[-2] * b.shape[-2])
+
+    return mean(x, x) - 2 * mean(x, y) + mean(y, y)
+
+
+def has_keops() -> bool:
+    try:
+        import pykeops.torch  # noqa: F401
+    except Exception:
+        return False
+    return True
+
+
+def with_gradient(f: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    value = f(x)
+    (gradient,) = torch.autograd.grad(value.sum(), x)
+    return value.detach(), gradient
+
+
+def drawn(options: argparse.Namespace, *shape: int, seed: int, mean: float = 0.0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (torch.randn(shape, generator=generator) + mean).to(options.device)
+
+
+def case(
+    options: argparse.Namespace,
+    kernel: str,
+    n: int,
+    m: int,
+    d: int,
+    classes: int | None = None,
+) -> Case:
+    """One pair of sets, or of `classes` sets at once."""
+    leading = () if classes is None else (classes,)
+    x = drawn(options, *leading, n, d, seed=0).requires_grad_()
+    y = drawn(options, *leading, m, d, seed=1, mean=0.1)
+    providers: dict[str, Callable[[], object]] = {
+        "eager": lambda: with_gradient(lambda t: plain(by_formula, kernel, t, y), x),
+        "cdist": lambda: with_gradient(lambda t: plain(by_cdist, kernel, t, y), x),
+        "ddfast": lambda: with_gradient(lambda t: losses.mmd(t, y, kernel), x),
+        "ddfast, without autograd": lambda: losses.mmd_and_gradient(x.detach(), y, kernel),
+    }
+    if not options.no_compile and not options.quick:
+        fast = compiled(lambda a, b: plain(by_formula, kernel, a, b))
+        providers["torch.compile"] = lambda: with_gradient(lambda t: fast(t, y), x)
+    # On a CPU KeOps takes a minute where the rest takes a second.
+    if has_keops() and (options.device == "cuda" or n * m * d <= 1000 * 1000 * 128):
+        providers["KeOps"] = lambda: with_gradient(lambda t: keops(kernel, t, y), x)
+
+    def exact() -> tuple[Tensor, Tensor]:
+        wide = x.detach().double().requires_grad_()
+        with ddfast.use_backend("reference"):
+            return with_gradient(lambda t: losses.mmd(t, y.double(), kernel), wide)
+
+    batch = "" if classes is None else f"C={classes}, "
+    return Case(
+        operator="mmd",
+        name=f"{kernel}, {batch}n={n}, m={m}, d={d}",
+        mode="value and gradient",
+        exact=exact,
+        providers=providers,
+        bytes=4 * (2 * x.numel() + y.numel()),
+        # The plain formula leaves rounding where a distance should be zero, and takes its root.
+        tolerance=1e-2 if kernel == "energy" else 1e-3,
+        rounds=15 if n * m * d * (classes or 1) < 3e8 else 5,
+        device=options.device,
+        flops=8 * n * m * d * (classes or 1),
+    )
+
+
+def cases(options: argparse.Namespace) -> Iterator[Case]:
+    yield case(options, "gaussian", 64, 64, 2048, classes=10)
+    yield case(options, "gaussian", 1000, 1000, 128)
+    yield case(options, "energy", 1000, 1000, 128)
+    if options.quick:
+        return
+    yield case(options, "gaussian", 1000, 1000, 2048)
+    yield case(options, "energy", 1000, 1000, 2048)
+    yield case(options, "gaussian", 4000, 4000, 128)
+    yield case(options, "energy", 4000, 4000, 128)
+    yield case(options, "gaussian", 4000, 4000, 2048)
+
+
+def peak(device: str) -> int:
+    """Largest memory so far, in bytes: resident, or on the GPU."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def memory_of(provider: str, device: str, rows: int, d: int = 128) -> dict[str, int]:
+    """Peak over the inputs of one value and gradient, in a process that does nothing else."""
+    options = argparse.Namespace(device=device)
+    x, y = drawn(options, rows, d, seed=0), drawn(options, rows, d, seed=1)
+
+    def once(a: Tensor, b: Tensor) -> None:
+        leaf = a.detach().requires_grad_()
+        f = {
+            "eager": lambda t: plain(by_formula, "gaussian", t, b),
+            "ddfast": lambda t: losses.mmd(t, b),
+        }[provider]
+        with_gradient(f, leaf)
+
+    once(x[:300], y[:300])  # code and libraries, which are loaded once
+    before = peak(device)
+    once(x, y)
+    return {"bytes": peak(device) - before}
+
+
+def memory(device: str, rows: int) -> None:
+    """Print the peak of each provider, each measured in a process of its own."""
+    found = {}
+    for provider in ("ddfast", "eager"):
+        call = f"bench_mmd.memory_of({provider!r}, {device!r}, {rows})"
+        code = f"import bench_mmd, json; print(json.dumps({call}))"
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            cwd=Path(__file__).parent,
+        )
+        if done.returncode != 0:
+            print(f"{provider}: failed: {done.stderr[-300:]}")
+            continue
+        found[provider] = json.loads(done.stdout)["bytes"]
+        print(f"n=m={rows}, d=128, {provider}: {found[provider] / 2**20:.1f} MiB", flush=True)
+    if len(found) == 2:
+        print(f"eager takes {found['eager'] / max(found['ddfast'], 1):.0f} times as much")
+
+
+if __name__ == "__main__":
+    if "--memory" in sys.argv:
+        parser = argparse.ArgumentParser(description=__doc__)
+        parser.add_argument("--memory", type=int, metavar="ROWS", help="rows of each set")
+        parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+        chosen = parser.parse_args()
+        memory(chosen.device, chosen.memory)
+    else:
+        run(cases, __doc__ or "")

@@ -1,0 +1,32 @@
+"""The matching losses of dataset distillation as drop-in functions.
+
+Each runs on a compiled kernel (C++ on CPU, Triton on CUDA), supports autograd up to the order its
+docstring states and refuses higher orders with an error, and never changes its inputs.
+"""
+
+from __future__ import annotations
+
+from ddfast.losses.characteristic import (
+    Frequencies,
+    characteristic_function,
+    characteristic_function_distance,
+    characteristic_function_distance_and_gradient,
+)
+from ddfast.losses.discrepancy import mmd, mmd_and_gradient
+from ddfast.losses.dtypes import FLOATS
+from ddfast.losses.gradients import gradient_distance, gradient_distance_and_gradient
+from ddfast.losses.means import class_mean, class_mean_distance
+
+__all__ = [
+    "FLOATS",
+    "Frequencies",
+    "characteristic_function",
+    "characteristic_function_distance",
+    "characteristic_function_distance_and_gradient",
+    "class_mean",
+    "class_mean_distance",
+    "gradient_distance",
+    "gradient_distance_and_gradient",
+    "mmd",
+    "mmd_and_gradient",
+]

@@ -1,0 +1,178 @@
+"""Every parametrisation with every method that takes them: gradients, runs, resumes, evaluation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ddfast import data, methods
+from ddfast.artefact import Artefact
+from ddfast.distill import distill, unfinished
+from ddfast.evaluate import evaluate
+from ddfast.methods import Interrupted, dc, dcc, dm
+from ddfast.methods.feature_matching import sweep
+from ddfast.synthetic import decode, repeats
+
+KINDS = {
+    "multi_formation": {"factor": 2},
+    "hallucinators": {"shared": 3},
+    "bases": {"shared": 4, "base_scale": 2},
+}
+SETTINGS = {"model": "ConvNetD2W4", "batch_real": 5, "init": "real"}
+
+
+def match_of(name, run):
+    """One sweep of a method over all classes."""
+    net = run.fresh_net()
+    if name == "dm":
+        return sweep(run, net.requires_grad_(False), dm.real_batch(run), dm.mean_features)
+    return (dcc.match_together if name == "dcc" else dc.match)(run, net, 0)
+
+
+@pytest.mark.parametrize("method", ["dm", "dc", "dsa", "dcc"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_the_images_brought_back(make_dataset, make_run, method, kind):
+    """The same images stored as pixels have a gradient; the chain rule through `decode` is ours."""
+    dataset = make_dataset([12, 9, 15])
+    run = make_run(method, dataset, ipc=2, parametrisation=kind, **KINDS[kind], **SETTINGS)
+    images, _ = run.training_set()
+    each = len(images) // 3
+    assert each == run.decoded_per_class == run.rows_per_class * repeats(run.decoder, run.tensors)
+    plain = make_run(method, dataset, ipc=min(each, 9), **SETTINGS)
+    assert plain.decoder is None
+    plain.tensors["images"] = images.clone().requires_grad_()
+    plain.labels = torch.arange(3).repeat_interleave(each)
+    by_images, losses = match_of(method, plain)
+    found, other_losses = match_of(method, run)
+    torch.testing.assert_close(losses, other_losses, rtol=1e-10, atol=1e-12)
+
+    leaves = {name: t.detach().requires_grad_() for name, t in run.tensors.items()}
+    rest = {name: t for name, t in leaves.items() if name != "images"}
+    made, _ = decode(run.decoder, leaves["images"], [run.rows_per_class] * 3, rest)
+    expected = torch.autograd.grad(made, list(leaves.values()), by_images["images"])
+    for name, gradient in zip(leaves, expected, strict=True):
+        torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-12)
+        assert gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunks_change_nothing_beyond_rounding(make_dataset, make_run, kind):
+    dataset = make_dataset([12, 9, 15])
+    settings = {"ipc": 2, "parametrisation": kind, **KINDS[kind], **SETTINGS, "lr_img": 0.3}
+    whole, small = (make_run("dm", dataset, **settings) for _ in range(2))
+    small.memory = 120_000  # a class at a time, and that in pieces
+    for run in (whole, small):
+        for _ in range(3):
+            dm.step(run)
+            run.iteration += 1
+    for name, tensor in whole.tensors.items():
+        torch.testing.assert_close(small.tensors[name], tensor, rtol=1e-9, atol=1e-11)
+
+
+def test_multi_formation_of_factor_one_is_plain_dm(make_dataset, make_run):
+    dataset = make_dataset([7, 6, 9])
+    runs = [
+        make_run("dm", dataset, ipc=2, lr_img=0.5, **SETTINGS, **options)
+        for options in ({}, {"parametrisation": "multi_formation", "factor": 1})
+    ]
+    for run in runs:
+        for _ in range(3):
+            dm.step(run)
+            run.iteration += 1
+    assert torch.equal(runs[0].images, runs[1].images)
+
+
+def test_learning_rates_of_what_is_shared(make_dataset):
+    dataset = make_dataset([7, 6, 9])
+    config = methods.find("dm").config
+
+    def groups(**settings):
+        resolved = methods.resolve(config(ipc=2, lr_img=3.0, **settings), dataset)
+        run = methods.start(resolved, dataset, 1 << 30)
+        names = {id(t): name for name, t in run.tensors.items()}
+        return [
+            (sorted(names[id(p)] for p in group["params"]), group["lr"])
+            for group in run.optimiser.param_groups
+        ]
+
+    assert groups() == [(["images"], 3.0)]
+    own, shared = groups(parametrisation="hallucinators", lr_decoder=0.5)
+    assert own == (["images"], 3.0) and shared[1] == 0.5 and "scale" in shared[0]
+    own, shared = groups(parametrisation="bases", shared=4)
+    assert own == (["coefficients"], 3.0) and shared == (["images"], 3.0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_run_resumes_with_the_same_bits_and_is_evaluated(tmp_path, kind):
+    dataset = data.generated(classes=2, size=8, train_per_class=12, test_per_class=4)
+    config = methods.find("dm").config(
+        ipc=1, parametrisation=kind, iterations=6, lr_img=0.1, **SETTINGS, **KINDS[kind]
+    )
+    whole = distill("dm", dataset, config, tmp_path / "whole", progress=False)
+
+    step, calls = dm.step, []
+
+    def interrupted(run):
+        calls.append(run.iteration)
+        if len(calls) == 4:
+            raise Interrupted
+        return step(run)
+
+    known = methods.find("dm")
+    try:
+        dm.step = interrupted
+        with pytest.raises(KeyboardInterrupt):
+            distill("dm", dataset, config, tmp_path / "two", progress=False)
+    finally:
+        dm.step = step
+    assert known.step is step
+    shown, iteration = unfinished(tmp_path / "two")
+    assert iteration == 3 and shown.decoded().size == (8, 8)
+    again = distill("dm", dataset, config, tmp_path / "two", progress=False)
+    assert torch.equal(whole.images, again.images)
+    for name, tensor in whole.decoder_tensors.items():
+        assert torch.equal(tensor, again.decoder_tensors[name])
+
+    loaded = Artefact.load(tmp_path / "two" / "distilled.safetensors")
+    assert loaded.decoder == whole.decoder
+    assert loaded.decoder_tensors.keys() == whole.decoder_tensors.keys()
+    assert loaded.decoded().images.shape[1:] == (3, 8, 8)
+    report = evaluate(
+        loaded, dataset, "ConvNetD2W4", num_eval=1, selections=1, progress=False, epochs=1
+    )
+    rows = {row.name: row for row in report.rows}
+    # Random selections are as many real images as would take the storage.
+    stored = -(-loaded.stored_numbers // (2 * 3 * 64))
+    assert rows["random selection"].images == 2 * stored
+    assert rows["distilled"].images == len(loaded.decoded().images)
+
+
+def test_what_is_not_finite_is_named(make_dataset, make_run):
+    run = make_run(
+        "dm", make_dataset([7, 6]), ipc=1, parametrisation="hallucinators", shared=2, **SETTINGS
+    )
+    gradients = run.no_gradients()
+    gradients["scale"][0, 0, 0, 0] = float("nan")
+    with pytest.raises(methods.Diverged, match=r"gradient \(scale\) is not finite .* lr_decoder"):
+        run.update(gradients, torch.zeros(2))
+
+
+def test_settings_that_do_not_fit():
+    dataset = data.generated(classes=2, size=8, train_per_class=12, test_per_class=4)
+    config = methods.find("dm").config
+
+    def begin(**settings):
+        resolved = methods.resolve(config(ipc=1, model="ConvNetD2W4", **settings), dataset)
+        return methods.start(resolved, dataset, 1 << 30)
+
+    with pytest.raises(ValueError, match="init: mix needs"):
+        begin(init="mix")
+    with pytest.raises(ValueError, match="leave no room"):
+        begin(parametrisation="bases", shared=500)
+    with pytest.raises(ValueError, match="parametrisation: got 'pixel'"):
+        config(ipc=1, parametrisation="pixel")
+    with pytest.raises(ValueError, match="IDC is multi_formation"):
+        methods.find("idc").config(ipc=1, parametrisation="bases")
+    # Real images in the cells: each decodes to (about) as many real ones.
+    run = begin(parametrisation="multi_formation", init="mix")
+    assert run.images.shape == (2, 3, 8, 8) and len(run.training_set()[0]) == 8
