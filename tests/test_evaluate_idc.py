@@ -83,7 +83,7 @@ def test_steps_matched_keeps_the_schedule() -> None:
 
 def test_what_is_refused() -> None:
     for settings, message in (
-        ({"schedule": "cosine"}, "schedule must be dc or multistep"),
+        ({"schedule": "cosine"}, "schedule must be dc, multistep or fifths"),
         ({"cutmix": 1.5}, "cutmix must be a probability"),
         ({"schedule": "multistep", "epochs": 0}, "epochs must be an integer of at least 1"),
         ({"augmentation": "idc", "strategy": "spin"}, "spin"),
@@ -312,7 +312,7 @@ def test_from_the_command_line(tmp_path, capsys) -> None:
 def test_every_method_knows_the_protocol_of_its_paper() -> None:
     found = {name: method.protocol for name, method in methods.methods().items()}
     assert found == {
-        **{name: name for name in ("dc", "dsa", "dm", "idc", "cafe", "m3d", "it_gan")},
+        **{name: name for name in ("dc", "dsa", "dm", "idc", "cafe", "m3d", "it_gan", "ncfm")},
         "dcc": "dc",
         "dsac": "dsa",
         "idc_i": "idc",

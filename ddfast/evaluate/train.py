@@ -43,6 +43,8 @@ STACKED_PIXELS = 256
 STACKED_FLOATS = 1 << 20
 MOST_STACKED = 8
 
+SECOND_BETA, ADAM_EPS = 0.999, 1e-8
+
 
 class NotFinite(ArithmeticError):
     """A training or a network came to values that are not finite; the message says where."""
@@ -308,7 +310,7 @@ def _train(
     net, networks, count = group_nets[0].train(), len(group), images.shape[1]
     names = [name for name, _ in net.named_parameters()]
     values = [torch.stack(each) for each in zip(*(n.parameters() for n in group_nets), strict=True)]
-    # All weights in one piece: a step of SGD is then three operations, whatever the network.
+    # All weights in one piece: an optimiser's step is then a few operations, whatever the network.
     flat = torch.cat([value.detach().reshape(-1) for value in values])
     pieces = flat.split([value.numel() for value in values])
     leaves = [
@@ -328,7 +330,7 @@ def _train(
     mixing = [member.generator(seed, "cutmix") for member in group]
     first = torch.tensor([member.place * count for member in group]).unsqueeze(1)
     images, targets = images.flatten(0, 1), targets.flatten(0, 1)
-    momentum = torch.zeros_like(flat)
+    optimiser = _AdamW(protocol, flat) if protocol.optimiser == "adamw" else _SGD(protocol, flat)
     lr = protocol.lr
     for epoch in range(protocol.passes):
         order = first + torch.stack([torch.randperm(count, generator=g) for g in orders])
@@ -351,15 +353,12 @@ def _train(
             gradients = torch.autograd.grad(losses.sum(), leaves)
             with torch.no_grad():
                 total += losses
-                gradient = torch.cat([each.reshape(-1) for each in gradients])
-                gradient.add_(flat, alpha=protocol.weight_decay)
-                momentum.mul_(protocol.momentum).add_(gradient)
-                flat.add_(momentum, alpha=-lr)
+                optimiser.step(torch.cat([each.reshape(-1) for each in gradients]), lr)
         _check_losses(total, group, epoch, protocol)
         if protocol.decay(epoch) != 1:
             lr *= protocol.decay(epoch)
             if protocol.schedule == "dc":
-                momentum.zero_()
+                optimiser = type(optimiser)(protocol, flat)
         if on_progress is not None:
             on_progress(networks)
     with torch.no_grad():
@@ -367,6 +366,38 @@ def _train(
             for parameter, value in zip(each.parameters(), trained, strict=True):
                 parameter.copy_(value)
     return [each.eval() for each in group_nets]
+
+
+class _SGD:
+    """torch.optim.SGD of a vector of weights."""
+
+    def __init__(self, protocol: Protocol, weights: Tensor) -> None:
+        self.protocol, self.weights = protocol, weights
+        self.momentum = torch.zeros_like(weights)
+
+    def step(self, gradient: Tensor, lr: float) -> None:
+        """Change the weights. The gradient is used up."""
+        gradient.add_(self.weights, alpha=self.protocol.weight_decay)
+        self.momentum.mul_(self.protocol.momentum).add_(gradient)
+        self.weights.add_(self.momentum, alpha=-lr)
+
+
+class _AdamW:
+    """torch.optim.AdamW of a vector of weights."""
+
+    def __init__(self, protocol: Protocol, weights: Tensor) -> None:
+        self.protocol, self.weights, self.steps = protocol, weights, 0
+        self.mean, self.square = torch.zeros_like(weights), torch.zeros_like(weights)
+
+    def step(self, gradient: Tensor, lr: float) -> None:
+        """Change the weights."""
+        first, self.steps = self.protocol.momentum, self.steps + 1
+        self.weights.mul_(1 - lr * self.protocol.weight_decay)
+        self.mean.lerp_(gradient, 1 - first)
+        self.square.mul_(SECOND_BETA).addcmul_(gradient, gradient, value=1 - SECOND_BETA)
+        size = lr / (1 - first**self.steps)
+        root = self.square.sqrt().div_(math.sqrt(1 - SECOND_BETA**self.steps)).add_(ADAM_EPS)
+        self.weights.addcdiv_(self.mean, root, value=-size)
 
 
 def _augmentation(

@@ -19,7 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ddfast.methods import cafe, dc, dcc, dm, dsa, dsac, idc, idc_i, idm, it_gan, m3d
+from ddfast.methods import cafe, dc, dcc, dm, dsa, dsac, idc, idc_i, idm, it_gan, m3d, ncfm
 from ddfast.methods.config import Config, as_json, resolve
 from ddfast.methods.run import Diverged, Interrupted, Run, start
 
@@ -69,6 +69,7 @@ def methods() -> dict[str, Method]:
         "idm": idm,
         "m3d": m3d,
         "cafe": cafe,
+        "ncfm": ncfm,
     }
     return {
         name: Method(
