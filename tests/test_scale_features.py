@@ -59,8 +59,8 @@ MODEL = "ConvNetD4W8"  # of the published depth for 64 pixels; its width would t
 SETTINGS: dict[str, dict] = {
     "dm": {},
     "idm": {"model_train_steps": 1},
-    # One network after one pass over a few images: what is at stake are the real images.
-    "ncfm": {"num_networks": 1, "pretrain_epochs": 1, "num_freqs": 256, "batch_real": 256},
+    # An untrained network: what is at stake are the real images.
+    "ncfm": {"num_premodel": 1, "pretrain_epochs": 0, "num_freqs": 256},
 }
 
 
