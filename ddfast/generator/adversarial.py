@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddfast.augment import DSA
-from ddfast.data import Dataset, canonical_name, names, normalise
+from ddfast.data import Dataset, normalise
 from ddfast.generator.interface import normalised
 from ddfast.generator.network import (
     Discriminator,
@@ -28,7 +28,7 @@ from ddfast.generator.network import (
     folded,
 )
 from ddfast.methods import Diverged
-from ddfast.methods.config import Settings, dsa_strategy, setting
+from ddfast.methods.config import Settings, dsa_strategy, filled, setting
 from ddfast.random import generator as make_generator
 
 __all__ = ["Config", "Training", "finished", "resolve", "restore", "start", "state_of", "step"]
@@ -82,22 +82,7 @@ class Config(Settings):
         }
 
 
-def resolve(config: Config, dataset: Dataset) -> Config:
-    """The config with every field that was left out filled in.
-
-    Raises:
-        ValueError: the config names another data set.
-    """
-    known = dataset.name in names()  # others carry names of their own, such as a folder's
-    if config.dataset is not None and known and canonical_name(config.dataset) != dataset.name:
-        raise ValueError(
-            f"dataset: the config says {config.dataset!r}, the data set given is {dataset.name!r}"
-        )
-    values = {"dataset": dataset.name, **config.published(dataset)}
-    missing = {name: value for name, value in values.items() if getattr(config, name) is None}
-    if known:
-        missing["dataset"] = dataset.name
-    return replace(config, **missing)
+resolve = filled
 
 
 @dataclass

@@ -17,6 +17,7 @@ from ddfast.data import Dataset, canonical_name, names
 from ddfast.synthetic.parametrisation import recipe, starting_set
 
 C = TypeVar("C", bound="Config")
+S = TypeVar("S", bound="Settings")
 
 DIGITS_MODEL = "ConvNetD2W32"
 """For scikit-learn's 8x8 digits, which no paper has. Chosen on a split of their training images:
@@ -182,22 +183,35 @@ class Config(Settings):
         return groups
 
 
+def filled(config: S, dataset: Dataset) -> S:
+    """Settings with every field that was left out as their method `published` has it.
+
+    Args:
+        config: with a field `dataset`.
+
+    Raises:
+        ValueError: they name another data set.
+    """
+    fields: Any = config
+    known = dataset.name in names()  # others carry names of their own, such as a folder's
+    if fields.dataset is not None and known and canonical_name(fields.dataset) != dataset.name:
+        raise ValueError(
+            f"dataset: the config says {fields.dataset!r}, the data set given is {dataset.name!r}"
+        )
+    published = {"dataset": dataset.name, **fields.published(dataset)}
+    missing = {name: value for name, value in published.items() if getattr(config, name) is None}
+    if known:
+        missing["dataset"] = dataset.name
+    return dataclasses.replace(fields, **missing)
+
+
 def resolve(config: C, dataset: Dataset) -> C:
     """The config with every field that was left out set to its published value.
 
     Raises:
         ValueError: the config names another data set.
     """
-    known = dataset.name in names()  # others carry names of their own, such as a folder's
-    if config.dataset is not None and known and canonical_name(config.dataset) != dataset.name:
-        raise ValueError(
-            f"dataset: the config says {config.dataset!r}, the data set given is {dataset.name!r}"
-        )
-    published = {"dataset": dataset.name, **config.published(dataset)}
-    missing = {name: value for name, value in published.items() if getattr(config, name) is None}
-    if known:
-        missing["dataset"] = dataset.name
-    config = dataclasses.replace(config, **missing)
+    config = filled(config, dataset)
     storage = {"multi_formation": {"factor": 2}, "hallucinators": {"shared": 5}}
     storage["bases"] = {"shared": 16, "base_scale": 2}
     needed: dict[str, Any] = storage.get(config.parametrisation, {})

@@ -49,8 +49,8 @@ from ddfast.memory import SECOND_ORDER
 from ddfast.methods.class_steps import at_their_turn, step_by_class
 from ddfast.methods.config import Config as Shared
 from ddfast.methods.config import setting
-from ddfast.methods.run import Interrupted, Run
-from ddfast.nets import Network, has_batchnorm
+from ddfast.methods.run import Interrupted, Run, refuse_batchnorm
+from ddfast.nets import Network
 from ddfast.synthetic.multi_formation import decode, initialise, subsample
 
 TITLE = "Dataset Condensation via Efficient Synthetic-Data Parameterization (Kim et al., ICML 2022)"
@@ -219,11 +219,7 @@ def check(run: Run) -> None:
     """
     config = run.config
     assert isinstance(config, Config)
-    if has_batchnorm(run.net):
-        raise ValueError(
-            f"model: {config.model} has batch normalisation, with which the images of a class "
-            "depend on each other; IDC is offered for instance and group normalisation"
-        )
+    refuse_batchnorm(run, "IDC")
     if config.factor > min(run.dataset.size):
         raise ValueError(f"factor: got {config.factor} for images of {run.dataset.size} pixels")
     run.at_once(2 * SECOND_ORDER)

@@ -50,8 +50,7 @@ from ddfast.methods.feature_matching import (
     sweep,
 )
 from ddfast.methods.idc import LARGE, LEAST_CELL
-from ddfast.methods.run import Run
-from ddfast.nets import has_batchnorm
+from ddfast.methods.run import Run, refuse_batchnorm
 
 TITLE = "Improved Distribution Matching for Dataset Condensation (Zhao G. et al., CVPR 2023)"
 MATCHES = "mean features of each class in a queue of learning networks; and their classification"
@@ -141,11 +140,7 @@ def check(run: Run) -> None:
     """
     config = run.config
     assert isinstance(config, Config)
-    if has_batchnorm(run.net):
-        raise ValueError(
-            f"model: {config.model} has batch normalisation, with which the images of a class "
-            "depend on each other; IDM is offered for instance and group normalisation"
-        )
+    refuse_batchnorm(run, "IDM")
     if config.step == "per_class":
         check_class_steps(run)
     check_memory(run, [min(count, config.batch_real) for count in run.sampler.counts])

@@ -46,8 +46,7 @@ from ddfast.methods.config import setting
 from ddfast.methods.dm import real_batch
 from ddfast.methods.feature_matching import Group, check_memory, subset, sweep
 from ddfast.methods.idc import LEAST_CELL
-from ddfast.methods.run import Run
-from ddfast.nets import has_batchnorm
+from ddfast.methods.run import Run, refuse_batchnorm
 from ddfast.random import generator
 from ddfast.synthetic.multi_formation import initialise
 
@@ -131,11 +130,7 @@ def check(run: Run) -> None:
     """
     config = run.config
     assert isinstance(config, Config)
-    if has_batchnorm(run.net):
-        raise ValueError(
-            f"model: {config.model} has batch normalisation, with which the images of a class "
-            "depend on each other; M3D is offered for instance and group normalisation"
-        )
+    refuse_batchnorm(run, "M3D")
     if config.step == "per_class":
         check_class_steps(run)
     check_memory(run, [min(count, config.batch_real) for count in run.sampler.counts])

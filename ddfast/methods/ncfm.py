@@ -62,8 +62,8 @@ from ddfast.methods.feature_matching import (
 )
 from ddfast.methods.idc import LEAST_CELL, kin
 from ddfast.methods.pretrained import FINAL, between, pretrain, set_weights
-from ddfast.methods.run import Run
-from ddfast.nets import Network, has_batchnorm
+from ddfast.methods.run import Run, refuse_batchnorm
+from ddfast.nets import Network
 
 TITLE = "Dataset Distillation with Neural Characteristic Function (Wang et al., CVPR 2025)"
 MATCHES = "characteristic functions of each class's features, in networks partly trained"
@@ -176,11 +176,7 @@ def check(run: Run) -> None:
     """
     config = run.config
     assert isinstance(config, Config)
-    if has_batchnorm(run.net):
-        raise ValueError(
-            f"model: {config.model} has batch normalisation, whose running means are not on the "
-            "line between two networks; NCFM is offered for instance and group normalisation"
-        )
+    refuse_batchnorm(run, "NCFM", "whose running means are not on the line between two networks")
     if (config.factor or 1) > min(run.dataset.size):
         raise ValueError(f"factor: got {config.factor} for images of {run.dataset.size} pixels")
     check_memory(run, [min(count, config.batch_real) for count in run.sampler.counts])

@@ -259,6 +259,17 @@ class Run:
         )
 
 
+def refuse_batchnorm(
+    run: Run, method: str, why: str = "with which the images of a class depend on each other"
+) -> None:
+    """Raise ValueError where the network has batch normalisation."""
+    if nets.has_batchnorm(run.net):
+        raise ValueError(
+            f"model: {run.config.model} has batch normalisation, {why}; {method} is offered for "
+            "instance and group normalisation"
+        )
+
+
 def start(
     config: Config,
     dataset: Dataset,
