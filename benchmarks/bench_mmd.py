@@ -91,7 +91,7 @@ def keops(kernel: str, x: Tensor, y: Tensor) -> Tensor:
         else:
             terms = [(-squared / LazyTensor((h * f).unsqueeze(-1))).exp() for f in FACTORS]
             values = sum(terms[1:], terms[0])
-        total = values.sum(values.dim() - 1)
+        total = values.sum(a.dim() - 1)
         return total.sum((-2, -1)) / (a.shape[-2] * b.shape[-2])
 
     return mean(x, x) - 2 * mean(x, y) + mean(y, y)

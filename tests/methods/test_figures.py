@@ -17,12 +17,16 @@ def mean_and_deviation(text: str) -> tuple[float, float]:
 
 @pytest.mark.parametrize(("name", "row"), ROWS)
 def test_distilled_images_are_better_than_random_ones(name, row) -> None:
-    """At one image per class by more than either deviation, at ten at least as good."""
+    """At one image per class by more than either deviation, at ten at least as good.
+
+    Of more images nothing is claimed: all latents of IT-GAN's generator lose to the real images.
+    """
     random, random_deviation = mean_and_deviation(row["random"])
     distilled, deviation = mean_and_deviation(row["distilled"])
     if row["ipc"] == "1":
         assert distilled - random > max(random_deviation, deviation)
-    assert distilled >= random
+    if row["ipc"] in ("1", "10"):
+        assert distilled >= random
     assert mean_and_deviation(row["full"])[0] > distilled
     assert row["protocol"] == methods.find(name).protocol
     assert int(row["seconds"]) > 0 and int(row["iterations"]) > 0
