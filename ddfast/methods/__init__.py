@@ -59,17 +59,17 @@ def methods() -> dict[str, Method]:
     verified = "verified step by step against a literal loop"
     modules: dict[str, Any] = {
         "dm": dm,
+        "cafe": cafe,
+        "it_gan": it_gan,
+        "idm": idm,
+        "m3d": m3d,
+        "ncfm": ncfm,
         "dc": dc,
         "dsa": dsa,
         "dcc": dcc,
         "dsac": dsac,
         "idc_i": idc_i,
         "idc": idc,
-        "it_gan": it_gan,
-        "idm": idm,
-        "m3d": m3d,
-        "cafe": cafe,
-        "ncfm": ncfm,
     }
     return {
         name: Method(
