@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -65,7 +66,7 @@ SETTINGS: dict[str, dict] = {
 
 
 @pytest.fixture(scope="module")
-def images(tmp_path_factory) -> Path:
+def images(tmp_path_factory) -> Iterator[Path]:
     """Noise, shifted and turned around for each class, so that no two have the same images."""
     path = tmp_path_factory.mktemp("scale") / "images.npy"
     shape = (CLASSES * PER_CLASS, 3, SIDE, SIDE)
@@ -76,7 +77,8 @@ def images(tmp_path_factory) -> Path:
         here[:] = np.roll(noise, (c, c // SIDE), (3, 2)) + np.uint8(c * 37 % 128)
     file.flush()
     del file
-    return path
+    yield path
+    path.unlink()  # pytest keeps the folders of the last runs
 
 
 def one_step(path: Path, method: str, memory: int, classes: int, in_memory: bool = False) -> dict:
