@@ -137,6 +137,6 @@ def test_methods_are_found_by_name() -> None:
     assert methods.find("DM") is not None
     assert methods.find("dsa").config is dsa.Config
     with pytest.raises(
-        ValueError, match=r"got 'dmm' \(did you mean dm\?\), expected one of dm, dc"
+        ValueError, match=r"got 'dmm' \(did you mean dm\?\), expected one of dm, cafe"
     ):
         methods.find("dmm")
