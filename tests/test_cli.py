@@ -100,7 +100,7 @@ def test_again_says_finished_and_another_config_is_refused(tmp_path, capsys) -> 
     ("words", "message"),
     [
         (["distil"], "no command 'distil' (did you mean distill?)"),
-        (["distill", "dmm"], "method: got 'dmm' (did you mean dm?), expected one of dm, cafe, it_gan"),
+        (["distill", "dmm"], "method: got 'dmm' (did you mean dm?), expected one of dm, cafe"),
         (["distill", "--ipc", "3"], "expected a method after distill, got --ipc"),
         (
             ["distill", "dm"],
