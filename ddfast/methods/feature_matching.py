@@ -146,12 +146,9 @@ def sweep(
         if fewer is not None:
             made = fewer(made)
         x = run.augment(run.normalised(made.images), real.draw[:, first:end], made.counts)
-
-        def value(found: Tensor, first: int = first, end: int = end, made: Decoded = made):  # type: ignore[no-untyped-def]
-            return statistic(Group(run, net, first, end, made, found, real))
-
-        values, by_x = there_and_back(run, net, x.detach(), value)
-        run.chain(gradients, made, x, by_x)
+        found = kept(run, net, x.detach())
+        values, by_features = statistic(Group(run, net, first, end, made, found.features, real))
+        run.chain(gradients, made, x, found.backward(by_features))
         losses.append(values)
         run.processed += len(x)
         if run.stop:
@@ -172,20 +169,6 @@ def subset(run: Run, made: Decoded, most: int) -> Decoded:
     rows = torch.cat(chosen).to(made.images.device)
     counts = [len(each) for each in chosen]
     return replace(made, images=made.images[rows], labels=made.labels[rows], counts=counts)
-
-
-def there_and_back(
-    run: Run, net: Network, x: Tensor, value: Callable[[Tensor], tuple[Tensor, Tensor]]
-) -> tuple[Tensor, Tensor]:
-    """A function of the images' features, and its gradient by the images.
-
-    Args:
-        x: normalised, augmented.
-        value: from the features to a result and the gradient by the features.
-    """
-    found = kept(run, net, x)
-    result, by_features = value(found.features)
-    return result, found.backward(by_features)
 
 
 def kept(run: Run, net: Network, x: Tensor, counts: list[int] | None = None) -> Features:

@@ -28,7 +28,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -47,8 +47,8 @@ from ddfast.methods.feature_matching import (
     RealBatch,
     at_once,
     check_memory,
+    kept,
     mean_distance,
-    there_and_back,
 )
 from ddfast.methods.run import Decoded, Interrupted, Run
 from ddfast.nets import Network
@@ -268,20 +268,18 @@ def _matched(
     )
     x = run.augment(made.images, real.draw[:, first:end], counts)
 
-    def value(found: Tensor) -> tuple[Tensor, Tensor]:
-        group = Group(run, net, first, end, made, found, real)
-        losses, by_features = mean_distance(class_mean(found, counts), group.real_means(), counts)
-        if config.diversity:
-            pair = Group(run, net, first, end, made, found, paired)
-            apart = found - pair.real_rows()
-            each = (apart * apart).sum(1).view(end - first, -1).mean(1)
-            losses = losses + config.diversity * each
-            by_features = by_features + (2 * config.diversity / counts[0]) * apart
-        return losses, by_features
-
-    losses, by_x = there_and_back(run, net, x.detach(), value)
+    passed = kept(run, net, x.detach())
+    group = Group(run, net, first, end, made, passed.features, real)
+    losses, by_features = mean_distance(
+        class_mean(group.features, counts), group.real_means(), counts
+    )
+    if config.diversity:
+        apart = group.features - replace(group, real=paired).real_rows()
+        each = (apart * apart).sum(1).view(end - first, -1).mean(1)
+        losses = losses + config.diversity * each
+        by_features = by_features + (2 * config.diversity / counts[0]) * apart
     run.processed += len(x)
-    return losses, torch.autograd.grad(x, leaf, by_x)[0]
+    return losses, torch.autograd.grad(x, leaf, passed.backward(by_features))[0]
 
 
 def _step_of_rows(run: Run, rows: Tensor) -> None:
