@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -30,6 +29,7 @@ from harness import Case, compiled, run
 
 import ddfast
 from ddfast import losses
+from ddfast.memory import peak_resident
 
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
 
@@ -182,7 +182,7 @@ def peak(device: str) -> int:
     """Largest memory so far, in bytes: resident, or on the GPU."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_resident()
 
 
 def memory_of(provider: str, device: str, rows: int, d: int = 128) -> dict[str, int]:

@@ -12,7 +12,6 @@ import argparse
 import datetime
 import json
 import os
-import resource
 import subprocess
 import sys
 import time
@@ -26,11 +25,12 @@ from harness import commit, device_name
 from matching_task import Task
 
 from ddfast import engine
+from ddfast.memory import peak_resident
 
 
 def peak() -> int:
     """Largest resident size so far, in bytes."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return peak_resident()
 
 
 def synthetic_side(path: str) -> int:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import re
+import sys
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -70,3 +72,21 @@ def images_at_once(each: int, budget: int, cost: float) -> int:
             f"memory: the budget of {budget} bytes is too small, one image needs {cost * each:.0f}"
         )
     return int(budget / (cost * each))
+
+
+def peak_resident() -> int:
+    """Bytes of main memory that this process has had at most; 0 where the system does not say.
+
+    On Linux from /proc: `getrusage` of a process counts, too, what the one that started it had.
+    """
+    status = Path("/proc/self/status")
+    if status.exists():
+        found = re.search(r"^VmHWM:\s*(\d+) kB", status.read_text(), re.MULTILINE)
+        if found:
+            return 1024 * int(found[1])
+    try:
+        import resource
+    except ImportError:
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

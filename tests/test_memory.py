@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
@@ -17,6 +19,7 @@ from ddfast.memory import (
     activation_bytes,
     images_at_once,
     parse_memory,
+    peak_resident,
 )
 
 
@@ -95,3 +98,14 @@ def test_passes_stay_within_what_is_reckoned(name) -> None:
     ):
         used = peak(work)
         assert 0.02 * n * each < used <= cost * n * each + fixed
+
+
+def test_the_peak_is_of_this_process_alone() -> None:
+    """A small process started by a large one."""
+    filled = bytearray(400 << 20)
+    filled[::4096] = b"x" * len(filled[::4096])
+    code = "from ddfast.memory import peak_resident; print(peak_resident())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    own = peak_resident()
+    assert own >= len(filled)
+    assert 10 << 20 < int(done.stdout) < own

@@ -12,10 +12,11 @@ import pytest
 GIBIBYTE = 1 << 30
 
 PROGRAM = """
-import json, resource, sys
+import json, sys
 import torch
 from ddfast import methods
 from ddfast.data import generated_memmap
+from ddfast.memory import peak_resident
 
 method, settings, memory, path = json.loads(sys.argv[1])
 torch.set_num_threads(1)
@@ -27,7 +28,7 @@ begin = run.images.detach().clone()
 losses = known.step(run)
 moved = (run.images.detach() - begin).flatten(1).norm(dim=1)
 print(json.dumps({
-    "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    "peak": peak_resident(),
     "losses": losses.tolist(),
     "least": moved.min().item(),
     "checksum": run.images.double().sum().item(),

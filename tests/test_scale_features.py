@@ -19,11 +19,12 @@ GIBIBYTE = 1 << 30
 CLASSES, PER_CLASS, SIDE = 1000, 256, 64
 
 PROGRAM = """
-import json, resource, sys
+import json, sys
 import numpy as np
 import torch
 from ddfast import methods
 from ddfast.data import Dataset
+from ddfast.memory import peak_resident
 
 method, settings, memory, path, classes, in_memory = json.loads(sys.argv[1])
 torch.set_num_threads(1)
@@ -49,7 +50,7 @@ begin = run.images.detach().clone()
 losses = known.step(run)
 moved = (run.images.detach() - begin).flatten(1).norm(dim=1)
 print(json.dumps({
-    "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    "peak": peak_resident(),
     "losses": losses.tolist(),
     "least": moved.min().item(),
     "images": run.images.detach().flatten(1).double().norm(dim=1).tolist(),

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from ddfast.memory import peak_resident
 
 SECONDS_BETWEEN_FLUSHES = 1.0
 
@@ -59,12 +60,7 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the most this process has used so far, of the GPU's memory if it computes there."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # not on this system
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return peak_resident()
 
 
 def in_words(size: float) -> str:

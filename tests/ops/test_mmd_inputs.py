@@ -213,9 +213,9 @@ def test_a_thousand_classes():
 
 
 PEAK = """
-import resource
 import torch
 from ddfast import losses
+from ddfast.memory import peak_resident
 
 torch.set_num_threads(1)
 generator = torch.Generator().manual_seed(0)
@@ -226,7 +226,7 @@ x.grad = None
 gradient = torch.ones_like(x)  # what the result itself takes
 
 def peak():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    return peak_resident() / 2**20
 
 before = peak()
 del gradient
