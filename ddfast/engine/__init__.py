@@ -9,9 +9,12 @@ from __future__ import annotations
 from ddfast.engine.features import Features, features, images_at_once
 from ddfast.engine.gradients import class_gradients, match_gradients, segment_gradients
 from ddfast.engine.segments import weight_names
+from ddfast.engine.student import Student, Tangent
 
 __all__ = [
     "Features",
+    "Student",
+    "Tangent",
     "class_gradients",
     "features",
     "images_at_once",
