@@ -57,7 +57,8 @@ class Artefact:
         config: settings of the method, plain values.
         seed: of the run.
         soft_labels: None, or float32 `(N, num_classes)`, finite.
-        lr: None, or the learning rate that was learned with the images, above 0.
+        lr: None, or the learning rate that was learned with the images, above 0; several of them
+            where the method learned one for each training step.
         decoder: None, or how `decoded` makes the images to train on from those stored: plain
             values for `ddfast.synthetic.decode`.
         decoder_tensors: float32, by name, what the decoder needs beside the images; finite.
@@ -80,7 +81,7 @@ class Artefact:
     config: Mapping[str, Any]
     seed: int
     soft_labels: Tensor | None = None
-    lr: float | None = None
+    lr: float | Sequence[float] | None = None
     decoder: Mapping[str, Any] | None = None
     decoder_tensors: Mapping[str, Tensor] = field(default_factory=dict)
     versions: Mapping[str, str] = field(default_factory=_versions)
@@ -121,14 +122,19 @@ class Artefact:
             self._keep("soft_labels", _own(self.soft_labels))
             self._check_finite("soft_labels", self.soft_labels)
         if self.lr is not None:
-            self._keep("lr", float(self.lr))
-            if not (math.isfinite(self.lr) and self.lr > 0):
-                raise ValueError(f"lr must be finite and above 0, got {self.lr}")
+            self._keep_lr(self.lr)
         if self.decoder is not None:
             check_decoder(self.decoder, (self.images.shape[2], self.images.shape[3]))
 
     def _keep(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
+
+    def _keep_lr(self, lr: float | Sequence[float]) -> None:
+        many = isinstance(lr, Sequence)
+        values = tuple(float(value) for value in lr) if isinstance(lr, Sequence) else (float(lr),)
+        if not values or not all(math.isfinite(value) and value > 0 for value in values):
+            raise ValueError(f"lr must be finite and above 0, got {lr}")
+        self._keep("lr", values if many else values[0])
 
     def _rows(self) -> int:
         """How many labels there must be; keeps and checks the tensors of the decoder."""
@@ -332,7 +338,7 @@ def load(path: str | os.PathLike[str]) -> Artefact:
             images=tensors["images"],
             labels=tensors["labels"],
             soft_labels=tensors.get("soft_labels"),
-            lr=None if lr is None else lr.item(),
+            lr=None if lr is None else lr.tolist(),
             decoder=recipe.get("decoder"),
             decoder_tensors={
                 name.removeprefix(DECODER): tensor

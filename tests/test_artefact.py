@@ -56,7 +56,11 @@ def test_round_trip_is_bit_exact(tmp_path):
     special = fields()["images"]
     special.view(-1)[:4] = torch.tensor([-0.0, 1e-45, -3.4e38, 1 / 3])
     soft = torch.rand((6, 3), generator=torch.Generator().manual_seed(2))
-    for made in (make(images=special), make(soft_labels=soft, lr=0.1 + 0.2, space="pixel")):
+    for made in (
+        make(images=special),
+        make(soft_labels=soft, lr=0.1 + 0.2, space="pixel"),
+        make(lr=(0.3, 0.1)),
+    ):
         path = made.save(tmp_path / "distilled.safetensors")
         assert_same(made, Artefact.load(path))
         assert Artefact.load(path).config == made.config

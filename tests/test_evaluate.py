@@ -284,7 +284,7 @@ def test_refusals_before_any_work(dataset, monkeypatch, tmp_path):
         (TypeError, "Artefact or a pair", made.images[0], {}),
         (ValueError, "unknown network", made, {"models": ("MLP", "MPL")}),
         (ValueError, "models is empty", made, {"models": ()}),
-        (ValueError, "protocol must be one of", made, {"protocol": "mtt"}),
+        (ValueError, "protocol must be one of", made, {"protocol": "matching"}),
         (ValueError, "num_eval", made, {"num_eval": 0}),
         (ValueError, "selections", made, {"selections": -1}),
         (ValueError, "epochs", made, {"epochs": -1}),
@@ -293,3 +293,15 @@ def test_refusals_before_any_work(dataset, monkeypatch, tmp_path):
     ):  # fmt: skip
         with pytest.raises(error, match=message):
             evaluate(distilled, dataset, **{"models": "MLP", **QUICK, **changed})
+
+
+def test_a_learned_learning_rate_is_of_the_distilled_set_alone(dataset):
+    made = artefact(dataset, lr=0.2)
+    report = evaluate(made, dataset, "MLP", "mtt", 1, selections=1, **QUICK)
+    rates = {row.name: row.protocol.lr for row in report.rows}
+    assert rates == {"distilled": 0.2, "random selection": 0.01, "full data": 0.01}
+    assert (
+        evaluate(made, dataset, "MLP", "dm", 1, selections=1, **QUICK).rows[0].protocol.lr == 0.01
+    )
+    given = evaluate(made, dataset, "MLP", "mtt", 1, selections=1, lr=0.1, **QUICK)
+    assert {row.protocol.lr for row in given.rows} == {0.1}

@@ -29,7 +29,7 @@ def test_what_all_presets_share(name):
     chosen = protocol(name, named("CIFAR10"))
     assert chosen.name == name
     assert (chosen.lr, chosen.momentum, chosen.weight_decay) == (0.01, 0.9, 5e-4)
-    assert chosen.batch == (64 if name in ("idc", "m3d") else 256)
+    assert chosen.batch == {"idc": 64, "m3d": 64, "datm": 128}.get(name, 256)
 
 
 @pytest.mark.parametrize("name", ["dsa", "dm"])
@@ -145,8 +145,8 @@ def test_bad_overrides(error, arguments, message):
 
 
 def test_unknown_names():
-    with pytest.raises(ValueError, match=r"protocol must be one of dc, .*, got 'mtt'"):
-        protocol("mtt", named("CIFAR10"))
+    with pytest.raises(ValueError, match=r"protocol must be one of dc, .*, got 'matching'"):
+        protocol("matching", named("CIFAR10"))
     with pytest.raises(ValueError, match="dsa_strategy has no meaning"):
         protocol("dc", named("CIFAR10"), dsa_strategy="crop")
     with pytest.raises(ValueError, match="augmentation must be"):

@@ -17,8 +17,7 @@ from ddfast.data.files import whole_file
 
 KEPT = 2
 
-# Before the names of what the optimiser knows, and of what a method keeps beside what it learns.
-OPTIMISER = "optimiser."
+# Before the names of what a method keeps beside what it learns.
 STATE = "state."
 
 

@@ -19,6 +19,7 @@ from ddfast.artefact import Artefact
 from ddfast.data import Dataset
 from ddfast.data.files import whole_file
 from ddfast.distill import checkpoint
+from ddfast.methods.run import OPTIMISER
 
 HASHED_BYTES = 1 << 26
 
@@ -151,7 +152,7 @@ def unfinished(folder: Path) -> tuple[Artefact, int]:
     learned = {
         name: tensor.float()
         for name, tensor in tensors.items()
-        if not name.startswith((checkpoint.OPTIMISER, checkpoint.STATE))
+        if not name.startswith((OPTIMISER, checkpoint.STATE))
     }
     if "images" not in learned:
         raise ValueError(
@@ -159,12 +160,16 @@ def unfinished(folder: Path) -> tuple[Artefact, int]:
             "there shows them"
         )
     per_class = len(learned[settings.rows]) // data["classes"]
+    state = {
+        name.removeprefix(checkpoint.STATE): tensor
+        for name, tensor in tensors.items()
+        if name.startswith(checkpoint.STATE)
+    }
     artefact = Artefact(
-        images=learned.pop("images"),
+        **settings.distilled(learned, state),
         labels=torch.arange(data["classes"]).repeat_interleave(per_class),
         space=settings.space,
         decoder=settings.decoder((data["shape"][1], data["shape"][2])),
-        decoder_tensors=learned,
         mean=data["mean"],
         std=data["std"],
         class_names=[str(c) for c in range(data["classes"])],

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from ddfast._version import __version__
 from ddfast.artefact import Artefact
 from ddfast.data import Dataset
 from ddfast.distill import checkpoint, folder
-from ddfast.distill.checkpoint import OPTIMISER, STATE
+from ddfast.distill.checkpoint import STATE
 from ddfast.distill.log import Log, in_words, peak_memory
 from ddfast.distill.process import (
     clear,
@@ -29,6 +30,7 @@ from ddfast.distill.process import (
 )
 from ddfast.memory import DEFAULT, parse_memory
 from ddfast.methods import Config, Diverged, Interrupted, Method, Run
+from ddfast.methods.run import learned, restore
 
 ARTEFACT = "distilled.safetensors"
 LAST_GOOD = "last_good.safetensors"
@@ -103,6 +105,7 @@ def distill(
             if value is not None and value != {}
         ]
         say(progress, f"{known.name}: {', '.join(settings)}")
+        run.say = partial(say, progress)
         with deterministic(), signals(run):
             return _Loop(known, run, out, mine, checkpoint_every, progress).finish()
 
@@ -195,12 +198,12 @@ class _Loop:
     def iterate(self) -> Tensor:
         """One step of the method; if it fails, the state is as before it, and saved."""
         run = self.run
-        before = {name: tensor.clone() for name, tensor in _learned(run).items()}
+        before = {name: tensor.clone() for name, tensor in learned(run).items()}
         kept = run.state  # a step puts a new mapping in its place
         try:
             losses = self.method.step(run)
         except BaseException as error:
-            _restore(run, before)
+            restore(run, before)
             run.state = kept
             if isinstance(error, KeyboardInterrupt):
                 raise
@@ -250,7 +253,7 @@ class _Loop:
                     f"checkpoint: {self.checkpoints} is not of this run ({name} has shape {shape}, "
                     f"expected {tuple(tensor.shape)}); remove it to start the run anew"
                 )
-        _restore(self.run, tensors)
+        restore(self.run, tensors)
         self.run.state = {
             name.removeprefix(STATE): tensor.to(self.run.device)
             for name, tensor in tensors.items()
@@ -263,15 +266,16 @@ class _Loop:
 
     def artefact(self) -> Artefact:
         run, data = self.run, self.run.dataset
-        tensors = {name: tensor.detach().float() for name, tensor in run.tensors.items()}
-        if run.make is not None:
-            tensors = {"images": run.training_set()[0].float()}
+        made: dict[str, Any] = (
+            {"images": run.training_set()[0].float()}
+            if run.make is not None
+            else run.config.distilled(run.tensors, run.state)
+        )
         return Artefact(
-            images=tensors.pop("images"),
+            **made,
             labels=run.labels,
             space=run.config.space,
             decoder=run.decoder,
-            decoder_tensors=tensors,
             mean=data.mean,
             std=data.std,
             class_names=data.class_names,
@@ -292,31 +296,7 @@ class _Loop:
 
 def _state(run: Run) -> dict[str, Tensor]:
     """Everything that changes in the course of a run, but for the number of the iteration."""
-    return _learned(run) | {STATE + name: tensor for name, tensor in run.state.items()}
-
-
-def _learned(run: Run) -> dict[str, Tensor]:
-    """What a step changes in place: the tensors and what the optimiser knows of them."""
-    state = {name: tensor.detach() for name, tensor in run.tensors.items()}
-    for index, values in run.optimiser.state_dict()["state"].items():
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                state[f"{OPTIMISER}{index}.{name}"] = value
-    return state
-
-
-def _restore(run: Run, state: dict[str, Tensor]) -> None:
-    values: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in state.items():
-        if name.startswith(OPTIMISER):
-            _, index, key = name.split(".", 2)
-            values.setdefault(int(index), {})[key] = tensor
-    with torch.no_grad():
-        for name, tensor in run.tensors.items():
-            tensor.copy_(state[name])
-            tensor.grad = None
-    groups = run.optimiser.state_dict()["param_groups"]
-    run.optimiser.load_state_dict({"state": values, "param_groups": groups})
+    return learned(run) | {STATE + name: tensor for name, tensor in run.state.items()}
 
 
 def _conditions(run: Run) -> dict[str, Any]:

@@ -26,7 +26,7 @@ class Student:
         shapes = [(n, p.shape) for n, p in self.net.named_parameters()]
         parts = theta.split([s.numel() for _, s in shapes])
         z = torch.func.functional_call(
-            self.net, {n: p.view(s) for (n, s), p in zip(shapes, parts)}, (x,)
+            self.net, {n: p.view(s) for (n, s), p in zip(shapes, parts, strict=True)}, (x,)
         )
         if y.is_floating_point():
             return -(y * log_softmax(z, 1)).sum(1).mean()

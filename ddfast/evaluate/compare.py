@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import sys
 import threading
@@ -21,7 +22,7 @@ from ddfast.data import ClassSampler, Dataset
 from ddfast.distill.folder import opened
 from ddfast.distill.log import peak_memory
 from ddfast.evaluate import protocols
-from ddfast.evaluate.protocols import Protocol, steps_matched
+from ddfast.evaluate.protocols import LEARNED_LR, Protocol, steps_matched
 from ddfast.evaluate.report import Report, Row
 from ddfast.evaluate.train import TrainingSet, accuracy, check_sets, train_networks
 from ddfast.random import generator, seed_of
@@ -69,7 +70,7 @@ def evaluate(
     for the full data with about as many SGD steps (see `ddfast.evaluate.steps_matched`). An
     artefact with a decoder is decoded first; what counts for the selections is what it stores,
     hallucinators or coefficients as so many images as would take the same storage. A learned
-    learning rate is not used: the protocols have their own.
+    learning rate is used with the distilled set by the protocols whose method learns one.
 
     Args:
         distilled: an artefact (one with other constants is converted); or a pair of images,
@@ -106,6 +107,10 @@ def evaluate(
     if protocol == "cafe" and dsa_strategy is None and isinstance(distilled, Artefact):
         dsa_strategy = distilled.config.get("dsa_strategy") if distilled.method == "cafe" else None
 
+    own_lr = lr
+    if lr is None and protocol in LEARNED_LR and isinstance(distilled, Artefact):
+        own_lr = distilled.lr if isinstance(distilled.lr, float) else None
+
     plans = []
     for model, batchnorm in names.items():
         chosen = {
@@ -122,7 +127,8 @@ def evaluate(
             )
             for images in {len(stored), len(hard[1])}
         }
-        plans.append((model, _parts(len(stored), hard, soft, others, dataset, chosen, seed)))
+        own = dataclasses.replace(chosen[len(hard[1])], lr=own_lr or chosen[len(hard[1])].lr)
+        plans.append((model, _parts(len(stored), hard, soft, others, dataset, chosen, own, seed)))
     where = _device(device)
     work = sum(
         num_eval * len(part.sets) * part.images * part.protocol.passes
@@ -251,6 +257,7 @@ def _parts(
     others: list[TrainingSet],
     dataset: Dataset,
     chosen: dict[int, Protocol],
+    own_protocol: Protocol,
     seed: int,
 ) -> list[_Part]:
     """The distilled set and, if there are random selections, these and the full data.
@@ -258,21 +265,22 @@ def _parts(
     Args:
         stored: images of the distilled set before it was decoded, and of each selection.
         chosen: the protocol by the number of images that are trained on.
+        own_protocol: of the distilled set.
     """
     decoded = len(hard[1])
     own = {"distilled": slice(0, 1)}
-    if others and stored == decoded:
+    if others and stored == decoded and own_protocol == chosen[stored]:
         rows = {**own, "random selection": slice(1, None)}
         parts = [_Part(rows, [hard, *others], stored, chosen[stored], seed)]
     else:
-        parts = [_Part(own, [hard], stored, chosen[decoded], seed)]
+        parts = [_Part(own, [hard], stored, own_protocol, seed)]
         if others:
             rows = {"random selection": slice(0, None)}
             other_seed = seed_of(seed, "evaluate: random selection")
             parts.append(_Part(rows, others, stored, chosen[stored], other_seed))
     if soft is not None:
         row = {"distilled, soft labels": slice(0, 1)}
-        parts.insert(0, _Part(row, [soft], stored, chosen[decoded], seed))
+        parts.insert(0, _Part(row, [soft], stored, own_protocol, seed))
     if others:
         full = (dataset.train_images, dataset.train_labels)
         matched = steps_matched(chosen[decoded], decoded, len(full[0]))

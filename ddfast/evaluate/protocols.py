@@ -15,13 +15,17 @@ from ddfast.methods.config import dsa_strategy as published_dsa_strategy
 
 __all__ = ["PROTOCOLS", "Protocol", "protocol", "steps_matched"]
 
-PROTOCOLS = ("dc", "dsa", "dm", "idc", "cafe", "m3d", "it_gan", "ncfm")
+PROTOCOLS = ("dc", "dsa", "dm", "idc", "cafe", "m3d", "it_gan", "ncfm", "mtt", "datm")
+
+LEARNED_LR = ("mtt", "datm")
+"""Those that train with the learning rate of the distilled set, if it has one."""
 
 EPOCHS = 300
 EPOCHS_CAFE = 600
 EPOCHS_AUGMENTED = 1000
 EPOCHS_IT_GAN = 200
 EPOCHS_M3D = 1500
+BATCH_DATM = 128
 NCFM_EPOCHS, NCFM_EPOCHS_TINY = 2000, 300
 
 # IDC beyond 64 pixels: epochs for up to so many images of a class, after decoding; beyond, 300.
@@ -151,6 +155,9 @@ def protocol(
               (CAFE+DSA) as `dsa`
     `ncfm`    AdamW with 0.001, schedule "fifths", batches of 128; the augmentation of `idc`;
               CutMix on half of the batches; 2000 epochs, for Tiny-ImageNet 300
+    `mtt`     as `dsa`; `ddfast.evaluate.evaluate` takes the learning rate that was learned
+              with the set (MTT, TESLA, FTD)
+    `datm`    the same with batches of 128
     ========  ==========================================================================
 
     IDC's exceptions are kept: MNIST with factor > 1, and SVHN with one image per class and
@@ -197,6 +204,8 @@ def protocol(
         strategy = published_dsa_strategy(dataset) if dsa_strategy is None else dsa_strategy
         epochs_here = EPOCHS_IT_GAN if name == "it_gan" else EPOCHS_AUGMENTED
         preset = Protocol(name, epochs_here, *_augmentation("dsa", strategy))
+        if name == "datm":
+            preset = dataclasses.replace(preset, batch=BATCH_DATM)
     return dataclasses.replace(
         preset,
         epochs=preset.epochs if epochs is None else epochs,

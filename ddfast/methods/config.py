@@ -85,12 +85,14 @@ class Config(Settings):
 
     Attributes:
         space: of the synthetic images, see `ddfast.artefact.Artefact`.
+        beside: names of what is learned beside the images: labels, learning rates.
 
     Raises:
         TypeError, ValueError: a value of the wrong type or out of range; the message names it.
     """
 
     space: ClassVar[str] = "normalised"
+    beside: ClassVar[tuple[str, ...]] = ()
 
     dataset: str = setting("name of the data set, such as digits or CIFAR10", group="task")
     data_path: str = setting("folder that holds its files", group="task", identity=False)
@@ -160,6 +162,17 @@ class Config(Settings):
         """
         return recipe(self.parametrisation, self.factor or 1, size, self.space)
 
+    def distilled(
+        self, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]
+    ) -> dict[str, Any]:
+        """What an artefact keeps of a run: images, decoder_tensors, soft_labels and lr.
+
+        Args:
+            tensors, state: of a `Run`.
+        """
+        learned = {name: tensor.detach().float() for name, tensor in tensors.items()}
+        return {"images": learned.pop("images"), "decoder_tensors": learned}
+
     def augmentation(self) -> DSA:
         """Of the images that are matched; the identity for methods without."""
         return DSA(getattr(self, "dsa_strategy", "none"))
@@ -174,10 +187,11 @@ class Config(Settings):
         return torch.optim.SGD(self.parameter_groups(tensors), self.lr_img, self.momentum)
 
     def parameter_groups(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-        """The tensors with their learning rates, for a torch optimiser."""
+        """What images are made of, with its learning rates, for a torch optimiser."""
         rows = self.rows
         groups: list[dict[str, Any]] = [{"params": [tensors[rows]], "lr": self.lr_img}]
-        shared = [tensor for name, tensor in tensors.items() if name != rows]
+        apart = rows, *self.beside
+        shared = [tensor for name, tensor in tensors.items() if name not in apart]
         if shared:
             groups.append({"params": shared, "lr": self.lr_decoder})
         return groups

@@ -17,6 +17,9 @@ from ddfast.methods.config import Config
 from ddfast.random import generator
 from ddfast.synthetic import decode, repeats
 
+OPTIMISER = "optimiser."
+"""Before the names of its tensors, in a checkpoint."""
+
 
 class Diverged(RuntimeError):
     """A loss or an image is no longer finite; the message says when, and of which class."""
@@ -69,6 +72,7 @@ class Run:
         processed: images passed through a network so far, for the rate that is displayed.
         stop: set to end the run at the next image update.
         make: in place of the config's recipe, makes images of (leaves, labels), one for each row.
+        say: shows the user a line.
     """
 
     config: Config
@@ -87,6 +91,7 @@ class Run:
     processed: int = 0
     stop: bool = field(default=False, repr=False)
     make: Callable[[Mapping[str, Tensor], Tensor], Tensor] | None = field(default=None, repr=False)
+    say: Callable[[str], None] = field(default=lambda line: None, repr=False)
 
     @property
     def images(self) -> Tensor:
@@ -164,6 +169,7 @@ class Run:
         leaves = {
             name: (tensor.detach()[here] if name == self.rows else tensor.detach()).requires_grad_()
             for name, tensor in (tensors or self.tensors).items()
+            if name not in self.config.beside
         }
         labels, counts = self.labels[here], [self.rows_per_class] * (end - first)
         if self.make is not None:
@@ -241,9 +247,11 @@ class Run:
             values = values.unflatten(0, (-1, self.rows_per_class))
             self._check(values, what, moment)
         elif not torch.isfinite(values).all():
+            advice = ""
+            if name not in self.config.beside:
+                advice = f"; a smaller lr_decoder (now {self.config.lr_decoder:g}) may help"
             raise Diverged(
-                f"{what} ({name}) is not finite at iteration {self.iteration}{moment}; a smaller "
-                f"lr_decoder (now {self.config.lr_decoder:g}) may help"
+                f"{what} ({name}) is not finite at iteration {self.iteration}{moment}{advice}"
             )
 
     def _check(self, values: Tensor, what: str, moment: str) -> None:
@@ -257,6 +265,31 @@ class Run:
             f"{what} of class {names}{more} is not finite at iteration {self.iteration}{moment}; "
             f"a smaller lr_img (now {self.config.lr_img:g}) may help"
         )
+
+
+def learned(run: Run) -> dict[str, Tensor]:
+    """What a step changes in place: the tensors and what the optimiser knows of them."""
+    state = {name: tensor.detach() for name, tensor in run.tensors.items()}
+    for index, values in run.optimiser.state_dict()["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                state[f"{OPTIMISER}{index}.{name}"] = value
+    return state
+
+
+def restore(run: Run, state: Mapping[str, Tensor]) -> None:
+    """Put back what `learned` gave, into the tensors themselves."""
+    values: dict[int, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        if name.startswith(OPTIMISER):
+            _, index, key = name.split(".", 2)
+            values.setdefault(int(index), {})[key] = tensor
+    with torch.no_grad():
+        for name, tensor in run.tensors.items():
+            tensor.copy_(state[name])
+            tensor.grad = None
+    groups = run.optimiser.state_dict()["param_groups"]
+    run.optimiser.load_state_dict({"state": values, "param_groups": groups})
 
 
 def refuse_batchnorm(
