@@ -31,6 +31,8 @@ class Trace:
     outputs: list[Tensor] = field(default_factory=list)  # of each convolution
     statistics: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     features: Tensor | None = None  # (N, width) into the head
+    logits: Tensor | None = None
+    logits_tangent: Tensor | None = None  # of the last `tangent`
     probabilities: Tensor | None = None
     by_logits: Tensor | None = None
     by_pooled: list[Tensor] = field(default_factory=list)  # cotangent of each block's result
@@ -81,9 +83,9 @@ def forward_backward(
     """Weight gradients (segments, *shape) by name; the trace is complete only with `keep`.
 
     Args:
+        labels: (N,) int64, or (N, classes), weights of the classes.
         recompute: not to store what the first convolution gives (not together with `keep`).
     """
-    check_labels(labels, chain.head.out_features)
     trace = Trace(counts, share)
     everything = [len(images)]
     x = images.detach()
@@ -117,10 +119,16 @@ def forward_backward(
     head = chain.head.weight.detach()
     logits = torch.nn.functional.linear(features, head, chain.head.bias.detach())
     probabilities = logits.softmax(1)
-    by_logits = probabilities.clone()
-    by_logits[torch.arange(len(x), device=x.device), labels] -= 1
-    by_logits *= share.unsqueeze(1)
-    trace.features, trace.probabilities, trace.by_logits = features, probabilities, by_logits
+    if labels.is_floating_point():
+        trace.share = share * labels.sum(1)
+        by_logits = probabilities * trace.share.unsqueeze(1) - labels * share.unsqueeze(1)
+    else:
+        check_labels(labels, chain.head.out_features)
+        by_logits = probabilities.clone()
+        by_logits[torch.arange(len(x), device=x.device), labels] -= 1
+        by_logits *= share.unsqueeze(1)
+    trace.features, trace.logits = features, logits
+    trace.probabilities, trace.by_logits = probabilities, by_logits
 
     found: dict[str, Tensor] = {}
     if f"{chain.head_name}.weight" in names:
@@ -221,19 +229,58 @@ def _collect(
         found[f"{block.name}.weight"] = conv.class_weight_grad(
             x, gz, counts, kernel, block.padding, kind
         )
-    if f"{block.name}.bias" in names:
+    _collect_rows(found, block, gz, (by_scale, by_shift), counts, names)
+
+
+def _collect_rows(
+    found: dict[str, Tensor],
+    block: Block,
+    gz: Tensor,
+    rows: Sequence[Tensor],
+    counts: list[int],
+    names: Sequence[str] | None = None,
+) -> None:
+    """The vectors of a block: its bias, and its norm's two from (N, channels) each."""
+
+    def wanted(name: str) -> bool:
+        return names is None or name in names
+
+    if block.convolution.bias is not None and wanted(f"{block.name}.bias"):
         if block.bias_counts:
             by_bias = _segment_sum(gz.sum((2, 3)), counts)
         else:  # exactly zero: the norm subtracts the bias again
             by_bias = gz.new_zeros(len(counts), gz.shape[1])
         found[f"{block.name}.bias"] = by_bias
-    if block.norm is not None and f"{block.norm_name}.weight" in names:
-        found[f"{block.norm_name}.weight"] = _segment_sum(by_scale, counts)
-    if block.norm is not None and f"{block.norm_name}.bias" in names:
-        found[f"{block.norm_name}.bias"] = _segment_sum(by_shift, counts)
+    if block.norm is None or block.norm.weight is None:
+        return
+    for kind, row in zip(("weight", "bias"), rows, strict=True):
+        if wanted(f"{block.norm_name}.{kind}"):
+            found[f"{block.norm_name}.{kind}"] = _segment_sum(row, counts)
 
 
-def tangent(chain: Chain, trace: Trace, direction: Mapping[str, Tensor], algorithm: str) -> Tensor:
+def _weight_grad_tangent(
+    x: tuple[Tensor | None, Tensor | None],
+    gz: tuple[Tensor, Tensor],
+    counts: list[int],
+    kernel: list[int],
+    padding: int,
+    algorithm: str,
+) -> Tensor:
+    """Of a weight gradient, from (value, tangent) of the layer's input and output's cotangent."""
+    assert x[0] is not None
+    found = conv.class_weight_grad(x[0], gz[1], counts, kernel, padding, algorithm)
+    if x[1] is not None:
+        found += conv.class_weight_grad(x[1], gz[0], counts, kernel, padding, algorithm)
+    return found
+
+
+def tangent(
+    chain: Chain,
+    trace: Trace,
+    direction: Mapping[str, Tensor],
+    algorithm: str,
+    by_parameters: dict[str, Tensor] | None = None,
+) -> Tensor:
     """d/de of the image gradient when every segment's weights move along its `direction`.
 
     By the symmetry of second derivatives this is the gradient of <direction, weight gradient> with
@@ -242,12 +289,16 @@ def tangent(chain: Chain, trace: Trace, direction: Mapping[str, Tensor], algorit
     Args:
         trace: complete, of the same images.
         direction: (segments, *shape) by parameter name; missing names do not move.
+        by_parameters: to be filled with the same derivative of all weight gradients, of each
+            segment, (segments, *shape).
     """
     counts, everything = trace.counts, [len(trace.share)]
     moved: Tensor | None = None  # tangent of the current block's input
     outputs: list[Tensor | None] = []
+    inputs: list[Tensor | None] = []
     affine: list[tuple[Tensor | None, Tensor | None]] = []
     for number, block in enumerate(chain.blocks):
+        inputs.append(moved if by_parameters is not None else None)
         moved, z_tangent, pair = _block_tangent(block, trace, number, moved, direction, algorithm)
         outputs.append(z_tangent)
         affine.append(pair)
@@ -269,11 +320,18 @@ def tangent(chain: Chain, trace: Trace, direction: Mapping[str, Tensor], algorit
         logits = part if logits is None else logits + part
     if logits is None:
         return torch.zeros_like(trace.inputs[0])
+    trace.logits_tangent = logits
     by_logits_tangent = p * (logits - (p * logits).sum(1, keepdim=True))
     by_logits_tangent *= trace.share.unsqueeze(1)
     g_tangent = by_logits_tangent @ head
     if turn is not None:
         g_tangent += conv.class_input_grad(by_logits, turn, counts, [], 0, "auto")
+    if by_parameters is not None:
+        features = None if moved is None else moved.flatten(1)
+        by_parameters[f"{chain.head_name}.weight"] = _weight_grad_tangent(
+            (trace.features, features), (by_logits, by_logits_tangent), counts, [], 0, "auto"
+        )
+        by_parameters[f"{chain.head_name}.bias"] = _segment_sum(by_logits_tangent, counts)
 
     g_tangent = g_tangent.view(trace.by_pooled[-1].shape)
     if g_tangent.device.type == "cpu":
@@ -283,11 +341,11 @@ def tangent(chain: Chain, trace: Trace, direction: Mapping[str, Tensor], algorit
         z, z_tangent = trace.outputs[number], outputs[number]
         weight, bias = block.affine()
         if z_tangent is None and affine[number] == (None, None):
-            gz_tangent = norm.norm_relu_pool_bwd(
+            gz_tangent, *rows = norm.norm_relu_pool_bwd(
                 g_tangent, z, weight, bias, *_arguments(block, trace.statistics[number])
-            )[0]
+            )
         else:
-            gz_tangent = norm.norm_relu_pool_tangent_bwd(
+            gz_tangent, *rows = norm.norm_relu_pool_tangent_bwd(
                 trace.by_pooled[number],
                 g_tangent,
                 z,
@@ -296,17 +354,27 @@ def tangent(chain: Chain, trace: Trace, direction: Mapping[str, Tensor], algorit
                 bias,
                 *affine[number],
                 *_arguments(block, trace.statistics[number]),
-            )[0]
+            )
         outputs[number] = None
         size = list(trace.inputs[number].shape[2:])
         kind = algorithm_of(block, size, algorithm)
+        if by_parameters is not None:
+            x = trace.inputs[number], inputs[number]
+            gz = trace.by_output[number], gz_tangent
+            kernel = list(block.convolution.kernel_size)
+            by_parameters[f"{block.name}.weight"] = _weight_grad_tangent(
+                x, gz, counts, kernel, block.padding, kind
+            )
+            _collect_rows(by_parameters, block, gz_tangent, rows, counts)
+            inputs[number] = None
         g_tangent = conv.class_input_grad(
             gz_tangent, _weight(block), everything, size, block.padding, kind
         )
         turn = direction.get(f"{block.name}.weight")
         if turn is not None:
-            gz = trace.by_output[number]
-            g_tangent += conv.class_input_grad(gz, turn, counts, size, block.padding, kind)
+            g_tangent += conv.class_input_grad(
+                trace.by_output[number], turn, counts, size, block.padding, kind
+            )
     return g_tangent
 
 
