@@ -308,6 +308,27 @@ void characteristic_function(const std::vector<std::int64_t> &x, const std::vect
   active->characteristic_function(arguments);
 }
 
+// tensors: theta, gradient, total, start, target, next, next_total; 0 for those of a step without one.
+std::array<double, 2> trajectory(int type, std::int64_t size, const std::array<std::uintptr_t, 7> &tensors, double lr,
+                                 int threads) {
+  std::array<double, 2> squares{};
+  const ddfast::trajectory_arguments arguments{type,
+                                               size,
+                                               pointer(tensors[0]),
+                                               pointer(tensors[1]),
+                                               pointer(tensors[2]),
+                                               pointer(tensors[3]),
+                                               pointer(tensors[4]),
+                                               pointer(tensors[5]),
+                                               pointer(tensors[6]),
+                                               lr,
+                                               squares.data(),
+                                               threads};
+  py::gil_scoped_release release;
+  active->trajectory(arguments);
+  return squares;
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -336,4 +357,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("multi_formation", &multi_formation);
   m.def("mmd", &mmd);
   m.def("characteristic_function", &characteristic_function);
+  m.def("trajectory", &trajectory);
 }

@@ -188,6 +188,19 @@ struct characteristic_function_arguments {
   int threads;
 };
 
+struct trajectory_arguments {
+  int type;
+  int64_t size;
+  const void *theta;
+  const void *gradient;  // null: no step, theta itself is compared
+  const void *total;     // with gradient, in the type of the sums
+  const void *start, *target;
+  void *next, *next_total;  // with gradient
+  double lr;
+  double *squares;  // two: of the result, and of start, from the target
+  int threads;
+};
+
 struct kernel_table {
   const char *level;
   // value = distance; out_syn, out_real = scale * its gradient
@@ -214,6 +227,7 @@ struct kernel_table {
   void (*mmd_median_distance)(const mmd_arguments &);
   int64_t (*characteristic_function_scratch)(const characteristic_function_arguments &);
   void (*characteristic_function)(const characteristic_function_arguments &);
+  void (*trajectory)(const trajectory_arguments &);
 };
 
 // Defined once per level in table.cpp.

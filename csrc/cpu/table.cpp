@@ -31,6 +31,7 @@ void mmd_mean_distance(const mmd_arguments &);
 void mmd_median_distance(const mmd_arguments &);
 int64_t characteristic_function_scratch(const characteristic_function_arguments &);
 void characteristic_function(const characteristic_function_arguments &);
+void trajectory(const trajectory_arguments &);
 }  // namespace DDFAST_LEVEL
 
 const kernel_table *DDFAST_JOIN(kernel_table_, DDFAST_LEVEL)() {
@@ -56,6 +57,7 @@ const kernel_table *DDFAST_JOIN(kernel_table_, DDFAST_LEVEL)() {
       DDFAST_LEVEL::mmd_median_distance,
       DDFAST_LEVEL::characteristic_function_scratch,
       DDFAST_LEVEL::characteristic_function,
+      DDFAST_LEVEL::trajectory,
   };
   return &table;
 }

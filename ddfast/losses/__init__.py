@@ -16,6 +16,7 @@ from ddfast.losses.discrepancy import mmd, mmd_and_gradient
 from ddfast.losses.dtypes import FLOATS
 from ddfast.losses.gradients import gradient_distance, gradient_distance_and_gradient
 from ddfast.losses.means import class_mean, class_mean_distance
+from ddfast.losses.trajectories import trajectory_distance
 
 __all__ = [
     "FLOATS",
@@ -29,4 +30,5 @@ __all__ = [
     "gradient_distance_and_gradient",
     "mmd",
     "mmd_and_gradient",
+    "trajectory_distance",
 ]

@@ -28,6 +28,7 @@ import ddfast.ops.class_weight_grad
 import ddfast.ops.first_block
 import ddfast.ops.mmd
 import ddfast.ops.multi_formation
+import ddfast.ops.trajectory
 from ddfast import backend
 from ddfast.testing import flatten
 
@@ -69,6 +70,8 @@ calls = {
     "norm_relu_pool_tangent_bwd": (
         pooled, None, images, images.cos(), *(None,) * 4, *statistics, 3, *block
     ),
+    "trajectory": (*(syn[0].flatten() * k for k in (1, 2, 3, 4, 5)), torch.tensor(0.1)),
+    "trajectory_distance": tuple(syn[0].flatten() * k for k in (1, 2, 3)),
     "norm_relu_pool_means": (images, None, None, [1, 1], 3, 1e-5, *block),
 }
 blocks = {  # made of the operators above on CUDA
