@@ -11,7 +11,7 @@ from torch import nn
 from ddfast import nets
 from ddfast.augment import DSA
 from ddfast.data import Dataset, normalise
-from ddfast.evaluate import NotFinite, Protocol, accuracy, train_networks
+from ddfast.evaluate import NotFinite, Protocol, accuracy, side_by_side, train_networks
 from ddfast.evaluate import train as train_module
 from ddfast.evaluate.dc_augmentation import dc_augment
 from ddfast.evaluate.stacked import can_stack, stacked_logits
@@ -276,10 +276,11 @@ def test_the_stack_follows_the_rule():
 
     def stack(name, at_once=None, images=images, networks=30) -> int:
         net = nets.build(name, images.shape[2], 3, tuple(images.shape[3:]))
-        return train_module._stack_size(net, images, chosen, at_once, networks)
+        batch = min(chosen.batch, images.shape[1])
+        return side_by_side.stack_size(net, images.shape[2:], batch, at_once, networks)
 
-    assert stack("ConvNetD2W32") == train_module.STACKED_FLOATS // (100 * 32 * 64) == 5
-    assert stack("ConvNetD2W16") == train_module.MOST_STACKED == 8
+    assert stack("ConvNetD2W32") == side_by_side.STACKED_FLOATS // (100 * 32 * 64) == 5
+    assert stack("ConvNetD2W16") == side_by_side.MOST_STACKED == 8
     assert stack("ConvNetD2W16", networks=5) == 3
     assert stack("ConvNetD2W16", networks=1) == 1
     assert stack("ConvNetD2W16", 3) == 3

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from dataclasses import dataclass
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,27 +18,12 @@ from ddfast.data import Dataset, normalise
 from ddfast.data.dataset import check_labels
 from ddfast.evaluate.dc_augmentation import dc_augment
 from ddfast.evaluate.protocols import Protocol
-from ddfast.evaluate.stacked import can_stack, stacked_logits
+from ddfast.evaluate.side_by_side import SideBySide, evenly, shared_out, stack_size
 from ddfast.random import generator
 
 __all__ = ["NotFinite", "TrainingSet", "accuracy", "train_networks"]
 
 TrainingSet = tuple[Tensor, Tensor]
-T = TypeVar("T")
-
-# Milliseconds of one core with 2 MiB of cache for a training step of one network, augmentation
-# included, when it is trained one by one, and 2, 5 and 8 at once.
-#            10 images of 8x8         100 images               256 images
-#   D2W16    1.66  0.92  0.48  0.35   3.23  1.88  1.79  1.61   5.49  3.91  4.19  4.19
-#   D2W32    2.04  1.15  0.64  0.49   4.95  3.05  2.78  3.00   9.97  6.75  8.50  8.93
-#   D3W32    2.52  1.39  0.81  0.61   5.70  3.76  3.36  3.60   12.0  8.63  9.08  10.3
-#   MLP      1.01  0.55  0.30  0.24   1.33  0.85  0.53  0.47   1.92  1.25  0.90  0.87
-# On images of 3x32x32 nothing is gained (W32, 10 images: 6.8 and 6.7; 100 images: 86 and 89).
-# So: stack on images of up to 16x16, as many networks as keep the largest activation under 4 MiB,
-# but not more than 8, and in two stacks at least, so that two cores have work.
-STACKED_PIXELS = 256
-STACKED_FLOATS = 1 << 20
-MOST_STACKED = 8
 
 SECOND_BETA, ADAM_EPS = 0.999, 1e-8
 
@@ -120,11 +102,9 @@ def train_networks(
         shape = (dataset.channels, dataset.num_classes, dataset.size)
         return nets.build(model, *shape, generator=random).to(device, dtype)
 
-    stack = _stack_size(built(members[0]), images, protocol, at_once, len(members))
-    # As even as can be: 5 networks in stacks of up to 4 are 3 and 2.
-    number = math.ceil(len(members) / max(1, stack))
-    cuts = [len(members) * place // number for place in range(number + 1)]
-    groups = [members[start:end] for start, end in itertools.pairwise(cuts)]
+    batch = min(protocol.batch, images.shape[1])
+    stack = stack_size(built(members[0]), images.shape[2:], batch, at_once, len(members))
+    groups = evenly(members, max(1, stack))
     stop = threading.Event()
 
     def job(group: list[_Member]) -> list[nets.Network]:
@@ -145,7 +125,7 @@ def train_networks(
     # these small tensors gain a fifth at best, and many times slower when the cores are busy.
     cores = torch.get_num_threads()
     workers = min(cores, len(groups)) if device.type == "cpu" else 1
-    found = _shared_out(job, groups, stop, workers, 1 if stack else cores // workers)
+    found = shared_out(job, groups, stop, workers, 1 if stack else cores // workers)
     trained = [net for group in found for net in group]
     return [trained[start : start + count] for start in range(0, len(trained), count)]
 
@@ -239,61 +219,6 @@ def _joined(
     return stacked([ready(images) for images, _ in sets]), targets
 
 
-def _stack_size(
-    net: nets.Network, images: Tensor, protocol: Protocol, at_once: int | None, networks: int
-) -> int:
-    """How many networks to train at once at most; 0 for one by one, as they are."""
-    if at_once is not None and (isinstance(at_once, bool) or at_once < 1):
-        raise ValueError(f"at_once must be at least 1, got {at_once!r}")
-    if not can_stack(net) or at_once == 1:
-        return 0
-    if at_once is not None:
-        return at_once
-    if images.shape[-2:].numel() > STACKED_PIXELS:
-        return 0
-    largest = 0
-
-    def measure(module: nn.Module, inputs: object, output: Tensor) -> None:
-        nonlocal largest
-        largest = max(largest, output.numel())
-
-    hooks = [module.register_forward_hook(measure) for module in net.modules()]
-    parameter = next(net.parameters())
-    with torch.no_grad():
-        net(parameter.new_zeros(1, *images.shape[2:]))
-    for hook in hooks:
-        hook.remove()
-    fitting = STACKED_FLOATS // (min(protocol.batch, images.shape[1]) * largest)
-    return max(1, min(fitting, MOST_STACKED, math.ceil(networks / 2)))
-
-
-def _shared_out(
-    job: Callable[[list[_Member]], T],
-    groups: list[list[_Member]],
-    stop: threading.Event,
-    workers: int,
-    threads: int,
-) -> list[T]:
-    """Do the job for every group, in several threads, each with `threads` threads of torch's."""
-    before = torch.get_num_threads()
-    try:
-        # One worker, too, is a thread of its own: grad mode and number of threads are its own.
-        with ThreadPoolExecutor(workers, "ddfast", torch.set_num_threads, (threads,)) as pool:
-            futures = [pool.submit(job, group) for group in groups]
-            try:
-                wait(futures, return_when=FIRST_EXCEPTION)
-            finally:  # after an exception here or in a thread, Ctrl-C for one, the others end soon
-                if not all(future.done() for future in futures):
-                    stop.set()
-                    pool.shutdown(wait=True, cancel_futures=True)
-        for future in futures:
-            if not future.cancelled() and future.exception() is not None:
-                future.result()
-        return [future.result() for future in futures]
-    finally:
-        torch.set_num_threads(before)
-
-
 def _train(
     group_nets: list[nets.Network],
     group: list[_Member],
@@ -307,24 +232,10 @@ def _train(
     on_progress: Callable[[int], None] | None,
 ) -> list[nets.Network]:
     """Train networks of one architecture side by side, each with random numbers of its own."""
-    net, networks, count = group_nets[0].train(), len(group), images.shape[1]
-    names = [name for name, _ in net.named_parameters()]
-    values = [torch.stack(each) for each in zip(*(n.parameters() for n in group_nets), strict=True)]
-    # All weights in one piece: an optimiser's step is then a few operations, whatever the network.
-    flat = torch.cat([value.detach().reshape(-1) for value in values])
-    pieces = flat.split([value.numel() for value in values])
-    leaves = [
-        piece.view(value.shape).detach().requires_grad_()
-        for piece, value in zip(pieces, values, strict=True)
-    ]
-
-    def logits(x: Tensor) -> Tensor:
-        """(networks, n, channels, H, W) -> (networks, n, classes)"""
-        if stacked:
-            return stacked_logits(net, dict(zip(names, leaves, strict=True)), x)
-        single = {name: leaf[0] for name, leaf in zip(names, leaves, strict=True)}
-        return torch.func.functional_call(net, single, (x[0],)).unsqueeze(0)
-
+    group_nets[0].train()
+    networks, count = len(group), images.shape[1]
+    weights = SideBySide(group_nets, stacked)
+    flat = weights.flat
     orders = [member.generator(seed, "order") for member in group]
     augment = _augmentation(protocol, [member.generator(seed, "augmentation") for member in group])
     mixing = [member.generator(seed, "cutmix") for member in group]
@@ -345,15 +256,15 @@ def _train(
             x = augment(x.unflatten(0, where.shape))
             if protocol.cutmix:
                 x, partner, share = cutmix(x, mixing, protocol.cutmix)
-            predicted = logits(x).flatten(0, 1)
+            predicted = weights.logits(x).flatten(0, 1)
             losses = _losses(predicted, targets[where.flatten()], where)
             if protocol.cutmix:
                 others = _losses(predicted, targets[where.gather(1, partner).flatten()], where)
                 losses = share * losses + (1 - share) * others
-            gradients = torch.autograd.grad(losses.sum(), leaves)
+            gradient = weights.gradient(losses)
             with torch.no_grad():
                 total += losses
-                optimiser.step(torch.cat([each.reshape(-1) for each in gradients]), lr)
+                optimiser.step(gradient, lr)
         _check_losses(total, group, epoch, protocol)
         if protocol.decay(epoch) != 1:
             lr *= protocol.decay(epoch)
@@ -361,10 +272,7 @@ def _train(
                 optimiser = type(optimiser)(protocol, flat)
         if on_progress is not None:
             on_progress(networks)
-    with torch.no_grad():
-        for each, *trained in zip(group_nets, *leaves, strict=True):
-            for parameter, value in zip(each.parameters(), trained, strict=True):
-                parameter.copy_(value)
+    weights.copy_to(group_nets)
     return [each.eval() for each in group_nets]
 
 
