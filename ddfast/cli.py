@@ -1,4 +1,5 @@
-"""The command `ddfast`: distill, evaluate, show, methods, generator.
+"""The command `ddfast`: distill, evaluate, show, methods, generator,
+experts.
 
 Of ddfast itself nothing is imported before it is known which command it is.
 """
@@ -73,7 +74,7 @@ def _named(name: str) -> Callable[[list[str]], None]:
 
 
 def _overview() -> str:
-    lines = [f"  {name:10}{first_line(function)}" for name, function in COMMANDS.items()]
+    lines = [f"  {name:11}{first_line(function)}" for name, function in COMMANDS.items()]
     return "\n".join(
         [
             "usage: ddfast COMMAND ...",
@@ -342,10 +343,21 @@ def _generator(words: list[str]) -> None:
     run(words, first_line(_generator))
 
 
+# --- experts ------------------------------------------------------------------------------------
+
+
+def _experts(words: list[str]) -> None:
+    """Train the experts whose trajectories are matched, or go on with them."""
+    from ddfast.experts.command import run
+
+    run(words, first_line(_experts))
+
+
 COMMANDS: dict[str, Callable[[list[str]], None]] = {
     "distill": _distill,
     "evaluate": _evaluate,
     "show": _show,
     "methods": _methods,
     "generator": _generator,
+    "experts": _experts,
 }

@@ -54,7 +54,7 @@ class Parser(ArgumentParser):
 def _metavar(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "{" + ",".join(get_args(hint)) + "}"
-    return {int: "INT", float: "NUMBER", str: "TEXT"}.get(hint, "MAPPING")
+    return {int: "INT", float: "NUMBER", str: "TEXT", bool: "BOOL"}.get(hint, "MAPPING")
 
 
 def first_line(function: Callable[..., Any]) -> str:

@@ -128,7 +128,7 @@ class Config(Settings):
     def published(self, dataset: Dataset) -> Mapping[str, Any]:
         """The value of every field that may be left out, for this data set and `self.ipc`."""
         return {
-            "model": DIGITS_MODEL if dataset.name == "digits" else _convnet(dataset.size),
+            "model": DIGITS_MODEL if dataset.name == "digits" else convnet_of(dataset.size),
             "parametrisation": "pixels",
         }
 
@@ -251,7 +251,7 @@ def as_json(config: Settings) -> dict[str, Any]:
     }
 
 
-def _convnet(size: tuple[int, int]) -> str:
+def convnet_of(size: tuple[int, int]) -> str:
     """ConvNet with as many blocks as leave planes of 4 to 7 pixels: 3 at 28 and 32, 4 at 64."""
     depth = max(1, min(size).bit_length() - 3) if min(size) != 28 else 3
     return "ConvNet" if depth == 3 else f"ConvNetD{depth}"
@@ -278,6 +278,10 @@ def _checked(name: str, value: Any, hint: Any, bounds: Mapping[str, Any]) -> Any
             return json.loads(json.dumps(dict(value)))
         except (TypeError, ValueError):
             raise TypeError(f"{name}: got {value!r}, expected a mapping of plain values") from None
+    if kind is bool:
+        if not isinstance(value, bool):
+            raise TypeError(f"{name}: got {value!r}, expected true or false")
+        return value
     accepted = (int, float) if kind is float else kind
     if isinstance(value, bool) or not isinstance(value, accepted):
         raise TypeError(f"{name}: got {value!r}, expected {_expected(hint)}")

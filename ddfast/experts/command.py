@@ -1,0 +1,87 @@
+"""`ddfast experts`: its flags, and what it says."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import get_type_hints
+
+from jsonargparse import ActionConfigFile
+
+from ddfast.command import Parser, plain, set_threads
+from ddfast.experts.file import EXPERTS
+from ddfast.experts.importer import import_buffers
+from ddfast.experts.train import train
+from ddfast.experts.training import Config
+from ddfast.methods.config import filled
+
+REQUIRED = ("dataset", "out")
+
+
+def run(words: list[str], description: str) -> None:
+    """Train experts, or import some, as the flags say.
+
+    Raises:
+        ValueError: flags that are missing, unknown or wrong.
+    """
+    parser = _parser(description)
+    options = parser.parse_args(words)
+    missing = [name for name in REQUIRED if options[name] is None]
+    if missing:
+        parser.error(f"required and missing: --{', --'.join(missing)}")
+    settings = {field.name: options[field.name] for field in dataclasses.fields(Config)}
+    settings["data_options"] = plain(settings["data_options"])
+    config = Config(**settings)
+    set_threads(options.threads)
+
+    from ddfast import data
+
+    dataset = data.load(config.dataset, config.data_path, **config.data_options)
+    if options.imported:
+        files = [name for name in options.imported.split(",") if name]
+        experts = import_buffers(files, dataset, filled(config, dataset).model, options.out)
+    else:
+        experts = train(
+            dataset, config, options.out, device=options.device, progress=not options.quiet
+        )
+    print(
+        f"{Path(options.out) / EXPERTS}: {experts.num_experts} experts of {experts.epochs} epochs "
+        f"and {experts.parameters} parameters on {dataset.name}"
+    )
+    print(f"distil with: ddfast distill mtt --experts {options.out} --dataset {config.dataset} ...")
+
+
+def _parser(description: str) -> Parser:
+    """Every field of the settings as a flag, and the flags of a run."""
+    left_out = " ".join((Config.published.__doc__ or "").split())
+    parser = Parser("ddfast experts", f"{description} Where a flag is left out: {left_out}")
+    parser.add_argument(
+        "--config", action=ActionConfigFile, metavar="FILE", help="YAML with any of these, by name"
+    )
+    hints = get_type_hints(Config)
+    groups = {
+        "task": parser.add_argument_group("task"),
+        "method": parser.add_argument_group("training"),
+    }
+    for field in dataclasses.fields(Config):
+        default = None if field.default is dataclasses.MISSING else field.default
+        parser.flag(
+            groups[field.metadata["group"]],
+            [field.name, *field.metadata["aliases"]],
+            hints[field.name],
+            default,
+            field.metadata["help"] + (" (required)" if field.name in REQUIRED else ""),
+        )
+    run = parser.add_argument_group("run")
+    parser.flag(run, ["out"], str, None, "folder of the run (required)")
+    parser.flag(
+        run,
+        ["imported"],
+        str,
+        None,
+        "instead of training: replay_buffer_n.pt files, comma between",
+    )
+    parser.flag(run, ["device"], str, None, "cpu or cuda (default: a GPU if there is one)")
+    parser.flag(run, ["threads"], int, None, "threads on the CPU (default: one a core)")
+    run.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
