@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import tempfile
@@ -11,17 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from ddfast import methods
 from ddfast.artefact import Artefact
 from ddfast.data import Dataset
 from ddfast.data.files import whole_file
+from ddfast.data.fingerprint import fingerprint
 from ddfast.distill import checkpoint
 from ddfast.methods.run import OPTIMISER
-
-HASHED_BYTES = 1 << 26
 
 
 def opened(out: str | os.PathLike[str]) -> Path:
@@ -73,17 +70,6 @@ def identity(method: str, config: dict[str, Any], dataset: Dataset) -> dict[str,
         "fingerprint": fingerprint(dataset),
     }
     return {"method": method, "config": config, "data": data}
-
-
-def fingerprint(dataset: Dataset) -> str:
-    """A hash of class names, training labels and images (beyond 64 MiB, of some spread evenly)."""
-    images = dataset.train_images
-    step = max(1, -(-images.numel() // HASHED_BYTES))
-    sha = hashlib.sha256(json.dumps(dataset.class_names).encode())
-    sha.update(dataset.train_labels.numpy().data)
-    for image in images[::step]:
-        sha.update(np.ascontiguousarray(image.numpy()).data)
-    return sha.hexdigest()[:16]
 
 
 def claim(folder: Path, mine: dict[str, Any]) -> bool:

@@ -7,6 +7,5 @@ command line; `ddfast.experts.importer` reads those of the official scripts.
 from __future__ import annotations
 
 from ddfast.experts.file import EXPERTS, Experts, check_experts, open_experts
-from ddfast.experts.training import Config
 
-__all__ = ["EXPERTS", "Config", "Experts", "check_experts", "open_experts"]
+__all__ = ["EXPERTS", "Experts", "check_experts", "open_experts"]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ddfast.data import Dataset
-from ddfast.distill.folder import fingerprint
+from ddfast.data.fingerprint import fingerprint
 
 EXPERTS = "experts.safetensors"
 KEY = "ddfast experts"

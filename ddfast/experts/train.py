@@ -63,7 +63,9 @@ def train(
         KeyboardInterrupt: SIGINT or SIGTERM came; whole epochs have been saved.
     """
     if not isinstance(config, Config):
-        raise TypeError(f"config: got {type(config).__name__}, expected ddfast.experts.Config")
+        raise TypeError(
+            f"config: got {type(config).__name__}, expected ddfast.experts.train.Config"
+        )
     config = filled(config, dataset)
     where = usable_device(device)
     net = _built(config, dataset, 0)

@@ -19,11 +19,11 @@ from ddfast.augment import DSA
 from ddfast.cli import main
 from ddfast.data import Dataset, normalise
 from ddfast.evaluate.side_by_side import SideBySide
-from ddfast.experts import EXPERTS, Config, check_experts, open_experts
+from ddfast.experts import EXPERTS, check_experts, open_experts
 from ddfast.experts import train as module
 from ddfast.experts.importer import import_buffers
 from ddfast.experts.train import train
-from ddfast.experts.training import Group
+from ddfast.experts.training import Config, Group
 from ddfast.methods import Diverged, Interrupted
 from ddfast.methods.config import filled
 from ddfast.random import generator
