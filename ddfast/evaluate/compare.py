@@ -128,6 +128,8 @@ def evaluate(
             for images in {len(stored), len(hard[1])}
         }
         own = dataclasses.replace(chosen[len(hard[1])], lr=own_lr or chosen[len(hard[1])].lr)
+        if protocol == "dd":
+            own = _scheduled(own, distilled)
         plans.append((model, _parts(len(stored), hard, soft, others, dataset, chosen, own, seed)))
     where = _device(device)
     work = sum(
@@ -158,6 +160,16 @@ def evaluate(
     if folder is not None:
         report.write_report(folder)
     return report
+
+
+def _scheduled(preset: Protocol, distilled: Artefact | TrainingSet) -> Protocol:
+    """The protocol by which DD's own set is trained on."""
+    if not isinstance(distilled, Artefact) or not isinstance(distilled.lr, tuple):
+        raise ValueError("protocol: dd needs a set with a learned rate for each step, such as DD's")
+    settings = distilled.config
+    return protocols.by_own_schedule(
+        preset, distilled.lr, settings["distill_steps"], settings["init_weights"]
+    )
 
 
 def random_sets(labels: Tensor, dataset: Dataset, selections: int, seed: int) -> list[TrainingSet]:

@@ -15,7 +15,10 @@ from ddfast.methods.config import dsa_strategy as published_dsa_strategy
 
 __all__ = ["PROTOCOLS", "Protocol", "protocol", "steps_matched"]
 
-PROTOCOLS = ("dc", "dsa", "dm", "idc", "cafe", "m3d", "it_gan", "ncfm", "mtt", "datm")
+PROTOCOLS = (
+    *("dc", "dsa", "dm", "idc", "cafe", "m3d", "it_gan", "ncfm"),
+    *("mtt", "datm", "dd", "linba", "rat_bptt"),
+)
 
 LEARNED_LR = ("mtt", "datm")
 """Those that train with the learning rate of the distilled set, if it has one."""
@@ -26,6 +29,8 @@ EPOCHS_AUGMENTED = 1000
 EPOCHS_IT_GAN = 200
 EPOCHS_M3D = 1500
 BATCH_DATM = 128
+EPOCHS_LINBA, BATCH_LINBA = 300, 640
+STEPS_RAT_BPTT = 1000
 NCFM_EPOCHS, NCFM_EPOCHS_TINY = 2000, 300
 
 # IDC beyond 64 pixels: epochs for up to so many images of a class, after decoding; beyond, 300.
@@ -46,6 +51,11 @@ class Protocol:
     `"fifths"` (Wang et al. 2025, NCFM): `epochs` passes; the learning rate is halved after each
     fifth of them, and the optimiser's state stays.
 
+    `"constant"`: `epochs` passes with one learning rate.
+
+    With `rates` (DD, Wang et al. 2018) none of these: one SGD step for each rate, on groups of
+    images that take turns, see `ddfast.methods.dd`; a pass is then a turn of all groups.
+
     Attributes:
         name: of the preset.
         epochs: E, see above.
@@ -60,6 +70,9 @@ class Protocol:
         schedule: of the learning rate.
         cutmix: probability of a batch to be mixed, see `ddfast.cutmix`.
         optimiser: `"sgd"` or `"adamw"`, whose second beta is 0.999 and eps 1e-8.
+        rates: learning rates of the steps, in their order, see above.
+        groups: of images, with `rates`.
+        weights: how fresh weights are drawn, see `ddfast.methods.dd`.
     """
 
     name: str
@@ -73,10 +86,14 @@ class Protocol:
     schedule: str = "dc"
     cutmix: float = 0.0
     optimiser: str = "sgd"
+    rates: tuple[float, ...] = ()
+    groups: int = 1
+    weights: str = "default"
 
     def __post_init__(self) -> None:
-        if self.schedule not in ("dc", "multistep", "fifths"):
-            raise ValueError(f"schedule must be dc, multistep or fifths, got {self.schedule!r}")
+        schedules = ("dc", "multistep", "fifths", "constant")
+        if self.schedule not in schedules:
+            raise ValueError(f"schedule must be one of {schedules}, got {self.schedule!r}")
         if self.optimiser not in ("sgd", "adamw"):
             raise ValueError(f"optimiser must be sgd or adamw, got {self.optimiser!r}")
         if not 0 <= self.cutmix <= 1:
@@ -113,6 +130,8 @@ class Protocol:
         """By what the learning rate is multiplied after the pass with this index."""
         if self.schedule == "dc":
             return 0.1 if index == self.epochs // 2 + 1 else 1.0
+        if self.schedule == "constant":
+            return 1.0
         if self.schedule == "fifths":
             ends = [part * self.epochs // 5 for part in range(1, 5)]
             return float(0.5 ** ends.count(index + 1))
@@ -158,6 +177,11 @@ def protocol(
     `mtt`     as `dsa`; `ddfast.evaluate.evaluate` takes the learning rate that was learned
               with the set (MTT, TESLA, FTD)
     `datm`    the same with batches of 128
+    `dd`      as `dc`; `ddfast.evaluate.evaluate` trains on the distilled set by its own schedule
+    `linba`   SGD with 0.01 and momentum 0.9, no weight decay (unverified) and no augmentation,
+              batches of 640, 300 epochs
+    `rat_bptt`  Adam with 0.001, about 1000 steps, augmented by rotations and, but for digits,
+              mirroring
     ========  ==========================================================================
 
     IDC's exceptions are kept: MNIST with factor > 1, and SVHN with one image per class and
@@ -192,14 +216,20 @@ def protocol(
         preset = _idc(dataset, ipc, factor, dsa_strategy)
     elif name == "m3d":
         preset = _m3d(dataset, dsa_strategy)
-    elif name == "dc" or (name == "cafe" and (dsa_strategy or "none").lower() == "none"):
-        if dsa_strategy is not None and name == "dc":
-            raise ValueError("dsa_strategy has no meaning for protocol 'dc'; use another one")
+    elif name == "linba":
+        preset = Protocol(
+            name, EPOCHS_LINBA, batch=BATCH_LINBA, schedule="constant", weight_decay=0
+        )
+    elif name == "rat_bptt":
+        preset = _rat_bptt(dataset, ipc, dsa_strategy)
+    elif name in ("dc", "dd") or (name == "cafe" and (dsa_strategy or "none").lower() == "none"):
+        if dsa_strategy is not None and name != "cafe":
+            raise ValueError(f"dsa_strategy has no meaning for protocol {name!r}; use another one")
         strategy = "crop_noise" if batchnorm else "crop_scale_rotate"
         if batchnorm or dataset.name == "MNIST":
             preset = Protocol(name, EPOCHS_AUGMENTED, "dc", strategy)
         else:
-            preset = Protocol(name, EPOCHS if name == "dc" else EPOCHS_CAFE)
+            preset = Protocol(name, EPOCHS_CAFE if name == "cafe" else EPOCHS)
     else:
         strategy = published_dsa_strategy(dataset) if dsa_strategy is None else dsa_strategy
         epochs_here = EPOCHS_IT_GAN if name == "it_gan" else EPOCHS_AUGMENTED
@@ -271,6 +301,40 @@ def _ncfm(dataset: Dataset, given: str | None) -> Protocol:
         schedule="fifths",
         cutmix=0.5,
         optimiser="adamw",
+    )
+
+
+def _rat_bptt(dataset: Dataset, ipc: int, given: str | None) -> Protocol:
+    """RaT-BPTT's (Feng et al., ICLR 2024): so many steps of Adam."""
+    batch = Protocol("", 1).batch
+    strategy = given
+    if strategy is None:
+        mirrored = "flip" not in published_dsa_strategy(dataset).split("_")
+        strategy = "rotate" if mirrored else "flip_rotate"
+    return Protocol(
+        "rat_bptt",
+        -(-STEPS_RAT_BPTT // math.ceil(ipc * dataset.num_classes / batch)),
+        *_augmentation("dsa", strategy),
+        lr=1e-3,
+        weight_decay=0,
+        schedule="constant",
+        optimiser="adamw",
+    )
+
+
+def by_own_schedule(
+    preset: Protocol, rates: tuple[float, ...], groups: int, weights: str
+) -> Protocol:
+    """The protocol of a set that was distilled with its own step sizes (DD)."""
+    return dataclasses.replace(
+        preset,
+        epochs=len(rates) // groups,
+        augmentation="none",
+        strategy="",
+        schedule="constant",
+        rates=rates,
+        groups=groups,
+        weights=weights,
     )
 
 

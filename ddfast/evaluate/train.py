@@ -19,6 +19,7 @@ from ddfast.data.dataset import check_labels
 from ddfast.evaluate.dc_augmentation import dc_augment
 from ddfast.evaluate.protocols import Protocol
 from ddfast.evaluate.side_by_side import SideBySide, evenly, shared_out, stack_size
+from ddfast.methods.dd import draw_weights, group_rows
 from ddfast.random import generator
 
 __all__ = ["NotFinite", "TrainingSet", "accuracy", "train_networks"]
@@ -100,7 +101,10 @@ def train_networks(
     def built(member: _Member) -> nets.Network:
         random = member.generator(seed, "weights")
         shape = (dataset.channels, dataset.num_classes, dataset.size)
-        return nets.build(model, *shape, generator=random).to(device, dtype)
+        net = nets.build(model, *shape, generator=random)
+        if protocol.weights != "default":
+            draw_weights(net, member.generator(seed, "weights"), protocol.weights)
+        return net.to(device, dtype)
 
     batch = min(protocol.batch, images.shape[1])
     stack = stack_size(built(members[0]), images.shape[2:], batch, at_once, len(members))
@@ -241,6 +245,10 @@ def _train(
     mixing = [member.generator(seed, "cutmix") for member in group]
     first = torch.tensor([member.place * count for member in group]).unsqueeze(1)
     images, targets = images.flatten(0, 1), targets.flatten(0, 1)
+    if protocol.rates:
+        _by_rates(protocol, weights, first, images, targets, dataset, group, count)
+        weights.copy_to(group_nets)
+        return [each.eval() for each in group_nets]
     optimiser = _AdamW(protocol, flat) if protocol.optimiser == "adamw" else _SGD(protocol, flat)
     lr = protocol.lr
     for epoch in range(protocol.passes):
@@ -274,6 +282,31 @@ def _train(
             on_progress(networks)
     weights.copy_to(group_nets)
     return [each.eval() for each in group_nets]
+
+
+def _by_rates(
+    protocol: Protocol,
+    weights: SideBySide,
+    first: Tensor,
+    images: Tensor,
+    targets: Tensor,
+    dataset: Dataset,
+    group: Sequence[_Member],
+    count: int,
+) -> None:
+    """Plain SGD with a rate for each step, on groups of images that take turns."""
+    rows = group_rows(count // dataset.num_classes, dataset.num_classes, protocol.groups)
+    for number, rate in enumerate(protocol.rates):
+        where = (first + rows[number % protocol.groups]).to(images.device)
+        x = images[where.flatten()]
+        if x.dtype == torch.uint8:
+            x = normalise(x, dataset.mean, dataset.std, weights.flat.dtype)
+        predicted = weights.logits(x.unflatten(0, where.shape)).flatten(0, 1)
+        losses = _losses(predicted, targets[where.flatten()], where)
+        gradient = weights.gradient(losses)
+        with torch.no_grad():
+            _check_losses(losses, group, number // protocol.groups, protocol)
+            weights.flat.sub_(gradient, alpha=rate)
 
 
 class _SGD:

@@ -24,6 +24,7 @@ from ddfast.methods import (
     datm,
     dc,
     dcc,
+    dd,
     dm,
     dsa,
     dsac,
@@ -32,9 +33,11 @@ from ddfast.methods import (
     idc_i,
     idm,
     it_gan,
+    linba,
     m3d,
     mtt,
     ncfm,
+    rat_bptt,
     tesla,
 )
 from ddfast.methods.config import Config, as_json, resolve
@@ -91,6 +94,9 @@ def methods() -> dict[str, Method]:
         "tesla": tesla,
         "ftd": ftd,
         "datm": datm,
+        "dd": dd,
+        "linba": linba,
+        "rat_bptt": rat_bptt,
     }
     return {
         name: Method(

@@ -1,0 +1,177 @@
+"""DD: images and step sizes by which a network learns the data in a few steps.
+
+Wang, Zhu, Torralba and Efros, Dataset Distillation, arXiv 1811.10959. A fresh network makes
+`distill_steps` x `distill_epochs` steps of plain SGD, each on one of `distill_steps` groups of
+images in a fixed order (the groups take turns), each with a step size of its own, softplus of what
+is learned; the loss is that of real images. With `init_net` "fixed" the network begins from the
+same weights in every iteration and the set belongs to these. No augmentation.
+
+`ipc` counts all images of a class: each group has ipc / distill_steps of them, the first group a
+class's first ones. The gradient is exact, as the official code's, but at the memory of one step.
+
+Networks are evaluated as they are used: trained from fresh weights by the set's own schedule
+(protocol "dd"). Random selections and the full data, for which no schedule was learned, are trained
+by the protocol "dc".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from ddfast import nets
+from ddfast.data import Dataset
+from ddfast.methods import bilevel
+from ddfast.methods.bilevel import Training, inverse_softplus
+from ddfast.methods.config import setting
+from ddfast.methods.run import Run
+from ddfast.random import generator
+
+TITLE = "DD: Dataset Distillation (Wang et al., arXiv 2018)"
+MATCHES = "the loss on real data after a few steps with learned step sizes"
+PROTOCOL = "dd"
+
+EPOCHS, DECAY_EPOCHS, DECAY = 400, 40, 0.5  # passes over the real data
+BETAS = (0.5, 0.999)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(bilevel.Config):
+    """Settings of DD, by default the official script's."""
+
+    beside: ClassVar[tuple[str, ...]] = ("lr",)
+
+    batch_real: int = setting("real images of the outer loss, of all classes", 1024, least=1)
+    distill_steps: int = setting("groups of images, one a step (10, or fewer for ipc)", least=1)
+    distill_epochs: int = setting("how often the groups take turns", least=1)
+    distill_lr: float = setting("step sizes at first (0.02; 0.001 for CIFAR)", above=0)
+    init_net: Literal["random", "fixed"] = setting("the network's weights at first", "random")
+    init_weights: Literal["xavier", "default"] = setting(
+        "how they are drawn: normal by Glorot with zero biases, or torch's default", "xavier"
+    )
+    sample_n_nets: int = setting("networks whose gradients are averaged", 1, least=1)
+    decay_iterations: int = setting("iterations after which lr_img is halved", least=1)
+
+    def published(self, dataset: Dataset) -> Mapping[str, Any]:
+        """400 passes over the real data, lr_img 0.01 (Adam, of step sizes too), halved every 40.
+
+        For digits 500 iterations with 20 turns, halved every 150, found on a split of the training
+        images.
+        """
+        digits = dataset.name == "digits"
+        epoch = -(-len(dataset.train_labels) // self.batch_real)
+        steps = max(k for k in range(1, 11) if self.ipc % k == 0)
+        return {
+            **super().published(dataset),
+            "init": "noise",
+            "lr_img": 0.02 if digits else 0.01,
+            "distill_steps": steps,
+            "distill_epochs": 20 // min(steps, 5) if digits else 3,
+            "distill_lr": 0.001 if dataset.name.startswith("CIFAR") else 0.02,
+            "iterations": 500 if digits else EPOCHS * epoch,
+            "decay_iterations": 150 if digits else DECAY_EPOCHS * epoch,
+        }
+
+    def starting_set(
+        self, dataset: Dataset, generator: torch.Generator
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The images, and what the step sizes are the softplus of."""
+        tensors, labels = super().starting_set(dataset, generator)
+        steps = self.distill_steps * self.distill_epochs
+        return {**tensors, "lr": torch.full((steps,), inverse_softplus(self.distill_lr))}, labels
+
+    def optimiser(self, tensors: Mapping[str, Tensor]) -> torch.optim.Optimizer:
+        """Adam over everything."""
+        groups = [*self.parameter_groups(tensors), {"params": [tensors["lr"]], "lr": self.lr_img}]
+        return torch.optim.Adam(groups, self.lr_img, BETAS)
+
+    def distilled(
+        self, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]
+    ) -> dict[str, Any]:
+        """Also the step sizes."""
+        images = {name: t for name, t in tensors.items() if name != "lr"}
+        rates = torch.nn.functional.softplus(tensors["lr"].detach().double())
+        return {**super().distilled(images, state), "lr": rates.tolist()}
+
+
+def check(run: Run) -> None:
+    """Refuse what cannot work before the first step.
+
+    Raises:
+        ValueError: images of a class that cannot be divided among the groups; see `bilevel.check`.
+    """
+    config = run.config
+    assert isinstance(config, Config)
+    bilevel.check(run, "DD")
+    if run.decoded_per_class % config.distill_steps:
+        raise ValueError(
+            f"distill_steps: got {config.distill_steps}, expected a divisor of the "
+            f"{run.decoded_per_class} images of a class"
+        )
+
+
+def step(run: Run) -> Tensor:
+    """One update of images and step sizes. Returns the loss, once for each class."""
+    config = run.config
+    assert isinstance(config, Config)
+    count, classes = run.decoded_per_class, run.dataset.num_classes
+    groups = group_rows(count, classes, config.distill_steps)
+    batches = [rows.to(run.device) for rows in groups] * config.distill_epochs
+    random = run.generator("real batch")
+    real = torch.randperm(len(run.dataset.train_labels), generator=random)[: config.batch_real]
+    total, losses = run.no_gradients(), []
+    for number in range(config.sample_n_nets):
+        made = run.decoded(0, classes)
+        beside = bilevel.leaves_beside(run)
+        rates = torch.nn.functional.softplus(beside["lr"])
+        training = Training(start(run, number), batches, rates, real)
+        found, loss = bilevel.gradients(run, made, beside, training)
+        for name, part in found.items():
+            total[name] += part / config.sample_n_nets
+        losses.append(loss)
+    fresh = config.optimiser(run.tensors).param_groups
+    for group, first in zip(run.optimiser.param_groups, fresh, strict=True):
+        group["lr"] = first["lr"] * DECAY ** (run.iteration // config.decay_iterations)
+    loss = torch.stack(losses).mean()
+    run.update(total, bilevel.each_class(run, loss))
+    return bilevel.each_class(run, loss)
+
+
+def start(run: Run, number: int) -> Tensor:
+    """The weights that a student begins with."""
+    config = run.config
+    assert isinstance(config, Config)
+    random = (
+        run.generator("network", number)
+        if config.init_net == "random"
+        else generator(config.seed, "fixed network", number)
+    )
+    draw_weights(run.net, random, config.init_weights)
+    return bilevel.parameters_of(run.net)
+
+
+def group_rows(count: int, classes: int, groups: int) -> list[Tensor]:
+    """Positions of each group's images, of `count` a class that lie class after class."""
+    rows = torch.arange(count * classes).view(classes, groups, count // groups)
+    return [rows[:, group].flatten() for group in range(groups)]
+
+
+@torch.no_grad()
+def draw_weights(net: torch.nn.Module, random: torch.Generator, how: str) -> None:
+    """Fresh weights, as `Config.init_weights` says."""
+    nets.initialise(net, random)
+    if how != "xavier":
+        return
+    for module in net.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
+            area = math.prod(module.weight.shape[2:])
+            fans = area * (module.weight.shape[0] + module.weight.shape[1])
+            drawn = torch.empty(module.weight.shape, dtype=module.weight.dtype)
+            module.weight.copy_(drawn.normal_(0, math.sqrt(2 / fans), generator=random))
+            if module.bias is not None:
+                module.bias.zero_()
