@@ -313,6 +313,9 @@ def test_every_method_knows_the_protocol_of_its_paper() -> None:
     found = {name: method.protocol for name, method in methods.methods().items()}
     assert found == {
         **{name: name for name in ("dc", "dsa", "dm", "idc", "cafe", "m3d", "it_gan", "ncfm")},
+        **{name: name for name in ("mtt", "datm", "dd", "linba", "rat_bptt")},
+        "tesla": "mtt",
+        "ftd": "mtt",
         "dcc": "dc",
         "dsac": "dsa",
         "idc_i": "idc",

@@ -60,8 +60,8 @@ class Config(bilevel.Config):
     def published(self, dataset: Dataset) -> Mapping[str, Any]:
         """400 passes over the real data, lr_img 0.01 (Adam, of step sizes too), halved every 40.
 
-        For digits 500 iterations with 20 turns, halved every 150, found on a split of the training
-        images.
+        For digits 300 iterations of 20 steps with distill_lr 0.2 and lr_img 0.05: on a split of
+        their training images 84.7 % at ipc 1 (10 steps from 0.5 on: 72.5).
         """
         digits = dataset.name == "digits"
         epoch = -(-len(dataset.train_labels) // self.batch_real)
@@ -69,11 +69,11 @@ class Config(bilevel.Config):
         return {
             **super().published(dataset),
             "init": "noise",
-            "lr_img": 0.02 if digits else 0.01,
+            "lr_img": 0.05 if digits else 0.01,
             "distill_steps": steps,
-            "distill_epochs": 20 // min(steps, 5) if digits else 3,
-            "distill_lr": 0.001 if dataset.name.startswith("CIFAR") else 0.02,
-            "iterations": 500 if digits else EPOCHS * epoch,
+            "distill_epochs": max(1, 20 // steps) if digits else 3,
+            "distill_lr": 0.2 if digits else 0.001 if dataset.name.startswith("CIFAR") else 0.02,
+            "iterations": 300 if digits else EPOCHS * epoch,
             "decay_iterations": 150 if digits else DECAY_EPOCHS * epoch,
         }
 

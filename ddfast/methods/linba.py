@@ -47,7 +47,7 @@ class Config(bilevel.Config):
 
     batch_real: int = setting("real images per class of the outer loss", 64, least=1)
     inner_steps: int = setting("steps of the inner training", least=0)
-    inner_lr: float = setting("learning rate of the inner training", 0.01, above=0)
+    inner_lr: float = setting("learning rate of the inner training", above=0)
     inner_momentum: float = setting("momentum of the inner training", 0.9, least=0, below=1)
     batch_per_class: int = setting("synthetic images per class and inner step", least=1)
     clip: float = setting("largest norm of the gradient", 2.0, above=0)
@@ -60,18 +60,19 @@ class Config(bilevel.Config):
     def published(self, dataset: Dataset) -> Mapping[str, Any]:
         """Bases, 150 inner steps, lr_img 0.1, 500000 iterations.
 
-        For digits 30 inner steps with an inner_lr of 0.01 and 500 iterations, found on a split of
-        the training images.
+        For digits 200 iterations of 30 inner steps with inner_lr 0.02 and lr_img 0.3: on a split of
+        their training images 79.8 % at ipc 1 after 100.
         """
         digits = dataset.name == "digits"
         return {
             **super().published(dataset),
             "parametrisation": "bases",
             "init": "real",
-            "iterations": 500 if digits else 500_000,
+            "iterations": 200 if digits else 500_000,
             "inner_steps": 30 if digits else 150,
             "batch_per_class": 10,
-            "lr_img": 0.1,
+            "inner_lr": 0.02 if digits else 0.01,
+            "lr_img": 0.3 if digits else 0.1,
         }
 
 
@@ -96,7 +97,7 @@ def step(run: Run) -> Tensor:
     training = Training(
         bilevel.fresh_start(run),
         bilevel.minibatches(run, made, config.inner_steps, config.batch_per_class),
-        torch.tensor(config.inner_lr),
+        torch.tensor(config.inner_lr, dtype=run.dtype),
         real,
         SGD(config.inner_momentum),
         augment=lambda x, step: run.augment(x, draw),

@@ -60,7 +60,7 @@ class Config(bilevel.Config):
     totwindow: int = setting("steps of the longest training", least=1)
     minwindow: int = setting("fewest steps before the window", 0, least=0)
     cctype: Literal["random", "fixed"] = setting("where the window lies", "random")
-    inner_lr: float = setting("learning rate of the inner Adam", 1e-3, above=0)
+    inner_lr: float = setting("learning rate of the inner Adam", above=0)
     batch_per_class: int = setting("synthetic images per class and inner step", least=1)
     task_sampler_nc: int = setting("classes of an inner step (all)", least=1)
     learn_labels: bool = setting("learn labels as weights of the classes")
@@ -90,6 +90,7 @@ class Config(bilevel.Config):
             found = {"window": 10, "totwindow": 30, "learn_labels": False, "inner_lr": 1e-2}
         return {
             **super().published(dataset),
+            "inner_lr": 1e-3,
             "init": "noise",
             "lr_img": 0.02 if digits else 1e-3,
             "lr_y": 0.02 if digits else 1e-3,
@@ -191,7 +192,7 @@ def _training(run: Run, made: Decoded) -> tuple[Training, dict[str, Tensor]]:
     training = Training(
         bilevel.fresh_start(run),
         batches,
-        torch.tensor(config.inner_lr),
+        torch.tensor(config.inner_lr, dtype=run.dtype),
         real,
         Adam(),
         augment=lambda x, step: run.augment(x, draws[step]),

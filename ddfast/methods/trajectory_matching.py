@@ -62,7 +62,7 @@ class Config(Shared):
     syn_steps: int = setting("SGD steps of the student", least=1)
     expert_epochs: int = setting("epochs from the start to the target", least=1)
     max_start_epoch: int = setting("the student begins at an epoch below this one", least=1)
-    min_start_epoch: int = setting("and not before this one", 0, least=0)
+    min_start_epoch: int = setting("and not before this one (0)", least=0)
     batch_syn: int = setting("images of a student's step (all)", least=1)
     lr_teacher: float = setting("learning rate of the student at first", above=0)
     lr_lr: float = setting("learning rate of that learning rate", least=0)
@@ -87,6 +87,7 @@ class Config(Shared):
             "init": "real",
             "dsa_strategy": dsa_strategy(dataset),
             "adjoint": "exact",
+            "min_start_epoch": 0,
         }
 
     def starting_set(
