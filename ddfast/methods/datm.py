@@ -98,7 +98,7 @@ class Config(trajectory_matching.Config):
         return {
             **self.shared_settings(dataset),
             **found,
-            "iterations": 500 if digits else 10000,
+            "iterations": (150 if self.ipc >= 10 else 200) if digits else 10000,
         }
 
     def start_epochs(self, iteration: int) -> tuple[int, int]:

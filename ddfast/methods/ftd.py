@@ -63,7 +63,7 @@ class Config(trajectory_matching.Config):
             **self.shared_settings(dataset),
             "ema_decay": 0.99,
             **found,
-            "iterations": 500 if digits else 5000,
+            "iterations": (150 if self.ipc >= 10 else 200) if digits else 5000,
         }
 
     def distilled(

@@ -51,7 +51,9 @@ PUBLISHED: dict[tuple[str, int], Mapping[str, Any]] = {
     }.items()
 }
 
-DIGITS: dict[bool, Mapping[str, Any]] = {  # from ipc 10 on, or below
+# From ipc 10 on, or below. On a split of the training images ipc 1 had 92.1 % (random selection
+# 69.5); ipc 10 had 97.2 (95.1), with lr_img 100 96.9.
+DIGITS: dict[bool, Mapping[str, Any]] = {
     False: dict(zip(NAMES, (20, 2, 4, None, 10.0, 1e-5, 0.02), strict=True)),
     True: dict(zip(NAMES, (20, 2, 8, None, 10.0, 1e-5, 0.02), strict=True)),
 }
@@ -64,14 +66,14 @@ class Config(trajectory_matching.Config):
     def published(self, dataset: Dataset) -> Mapping[str, Any]:
         """5000 iterations and the authors' settings for the data set and ipc.
 
-        For digits 500 iterations, and settings chosen by the training loss.
+        For digits 200 iterations, 150 from ipc 10 on, see `DIGITS`.
         """
         digits = dataset.name == "digits"
         found = DIGITS[self.ipc >= 10] if digits else pick(PUBLISHED, dataset, self.ipc)
         return {
             **self.shared_settings(dataset),
             **found,
-            "iterations": 500 if digits else 5000,
+            "iterations": (150 if self.ipc >= 10 else 200) if digits else 5000,
         }
 
 

@@ -70,7 +70,7 @@ class Config(trajectory_matching.Config):
         return {
             **self.shared_settings(dataset),
             **found,
-            "iterations": 500 if digits else 10000,
+            "iterations": (150 if self.ipc >= 10 else 200) if digits else 10000,
             "adjoint": "frozen",
             "teacher_label": large,
             "half_image_gradient": not digits and self.adjoint != "graph",
