@@ -19,7 +19,24 @@ from typing import Any
 
 from torch import Tensor
 
-from ddfast.methods import cafe, dc, dcc, dm, dsa, dsac, idc, idc_i, idm, it_gan, m3d, ncfm
+from ddfast.methods import (
+    cafe,
+    datm,
+    dc,
+    dcc,
+    dm,
+    dsa,
+    dsac,
+    ftd,
+    idc,
+    idc_i,
+    idm,
+    it_gan,
+    m3d,
+    mtt,
+    ncfm,
+    tesla,
+)
 from ddfast.methods.config import Config, as_json, resolve
 from ddfast.methods.run import Diverged, Interrupted, Run, start
 
@@ -70,6 +87,10 @@ def methods() -> dict[str, Method]:
         "dsac": dsac,
         "idc_i": idc_i,
         "idc": idc,
+        "mtt": mtt,
+        "tesla": tesla,
+        "ftd": ftd,
+        "datm": datm,
     }
     return {
         name: Method(
