@@ -39,6 +39,7 @@ from ddfast.methods import trajectory_matching
 from ddfast.methods.config import setting
 from ddfast.methods.run import Decoded, Interrupted, Run
 from ddfast.methods.trajectory_matching import (
+    RATE,
     Labels,
     Segment,
     check_trajectories,
@@ -108,7 +109,7 @@ LR_LR = {
 class Config(trajectory_matching.Config):
     """Settings of DATM, by default those of the released configs."""
 
-    beside: ClassVar[tuple[str, ...]] = ("lr", "log_lr", LOGITS)
+    beside: ClassVar[tuple[str, ...]] = (RATE, LOGITS)
 
     threshold: float = setting("no update while the loss is above this (1; CIFAR-10 ipc 1: 1.1)")
     min_start_epoch: int = setting("first start epoch", least=0)

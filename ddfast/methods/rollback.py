@@ -29,7 +29,7 @@ from torch import Tensor
 from ddfast.methods.run import Diverged, Run, learned, restore
 
 GOOD, OF_STATE = "good.", "good state."
-"""In `Run.state`, before the names of what was learned and of other parts, at the last good loss."""
+"""In `Run.state`, before the names of what was learned and of its other parts at the last loss."""
 
 RECORD = "rollback"
 """In `Run.state`: running mean, roll-backs, whether restored, iterations above the threshold."""
@@ -96,7 +96,9 @@ def attempt(
         _count(run, wrong)
         return False
     others = _others(run)
-    run.state = {**others, **good, **{OF_STATE + name: others[name] for name in others}}
+    # Copies: a checkpoint takes no two names of the same memory.
+    copies = {OF_STATE + name: tensor.clone() for name, tensor in others.items()}
+    run.state = {**others, **good, **copies}
     mean = KEPT * mean + (1 - KEPT) * loss if begun else loss
     _write(run, mean, rollbacks if restored else 0, 0, 0)
     return True
@@ -124,7 +126,9 @@ def _go_back(run: Run) -> None:
         return
     restore(run, {name: tensor.clone() for name, tensor in good.items()})
     mine = {n: t for n, t in run.state.items() if n not in _others(run)}
-    others = {n.removeprefix(OF_STATE): t for n, t in mine.items() if n.startswith(OF_STATE)}
+    others = {
+        n.removeprefix(OF_STATE): t.clone() for n, t in mine.items() if n.startswith(OF_STATE)
+    }
     run.state = {**mine, **others}
 
 
