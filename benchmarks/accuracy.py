@@ -86,6 +86,10 @@ def settings_of(method: str, dataset: str, ipc: int) -> dict[str, Any]:
         # 20000 iterations would take most of an hour. Chosen on a split of the training images:
         # 100 and 300 iterations both had 46.0 % (standard deviations 0.9 and 1.4).
         found |= {"iterations": 100, "lr_img": 0.01, "num_freqs": 1024, "num_premodel": 10}
+    if method in TRAJECTORIES and dataset == "generated":
+        # As the digits have it; 5000 or 10000 iterations of 50 to 80 steps would take hours.
+        found |= {"iterations": 300, "syn_steps": 20, "lr_img": 300.0, "lr_lr": 1e-5}
+        found |= {"ftd": {"ema_decay": 0.98}, "datm": {"lr_y": 5.0}}.get(method, {})
     return found
 
 

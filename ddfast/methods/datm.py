@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from ddfast.data import Dataset
-from ddfast.methods import trajectory_matching
+from ddfast.methods import mtt, trajectory_matching
 from ddfast.methods.config import setting
 from ddfast.methods.run import Decoded, Interrupted, Run
 from ddfast.methods.trajectory_matching import (
@@ -174,7 +174,19 @@ class Config(trajectory_matching.Config):
         return {**super().distilled(tensors, state), "soft_labels": soft}
 
 
-DIGITS: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+DIGITS = tuple(
+    {
+        **each,
+        "lr_y": 10.0,
+        "min_start_epoch": 0,
+        "current_max_start_epoch": 4,
+        "expansion_end_epoch": 100,
+    }
+    for each in mtt.DIGITS
+)
+"""MTT's, with a window that grows. On a split of the training images, with experts by GSAM and with
+the soft labels, lr_y 0.5, 2, 10 and 50 had 91.2, 90.6, 91.5 and 91.9 % at ipc 1, and the last three
+96.7, 97.5 and 97.5 % at ipc 10 (with hard labels 96.5, 96.5 and 96.7)."""
 
 
 def check(run: Run) -> None:

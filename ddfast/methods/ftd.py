@@ -23,7 +23,7 @@ from typing import Any
 from torch import Tensor
 
 from ddfast.data import Dataset
-from ddfast.methods import trajectory_matching
+from ddfast.methods import mtt, trajectory_matching
 from ddfast.methods.config import setting
 from ddfast.methods.run import Run
 from ddfast.methods.trajectory_matching import (
@@ -101,7 +101,9 @@ class Config(trajectory_matching.Config):
         return super().distilled(kept, state)
 
 
-DIGITS: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+DIGITS = tuple({**each, "ema_decay": 0.98} for each in mtt.DIGITS)
+"""MTT's, and an average over the last of so few iterations. On a split of the training images, with
+experts by GSAM, 0.9 had 91.1, 0.98 91.6 and 0.99 91.8 % at ipc 1, and 0.98 97.0 % at ipc 10."""
 
 
 def check(run: Run) -> None:

@@ -70,7 +70,26 @@ class Config(trajectory_matching.Config):
         }
 
 
-DIGITS: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+DIGITS = tuple(
+    {
+        "iterations": 300,
+        **Published(
+            syn_steps=20,
+            expert_epochs=2,
+            max_start_epoch=8,
+            batch_syn=0,
+            lr_img=lr_img,
+            lr_lr=1e-5,
+            lr_teacher=0.01,
+        )._asdict(),
+    }
+    for lr_img in (100.0, 300.0)
+)
+"""Below ipc 10, and from there on, for the experts that digits have by default. On a split of the
+training images lr_img hardly matters: at ipc 1 and with max_start_epoch 4, 10 to 1000 had 90.7,
+90.2, 90.2, 89.9 and 90.2 %; max_start_epoch 2, 8 and 16 had 90.1, 90.7 and 91.5; 40 steps 90.9. At
+ipc 10, 30 to 1000 had 96.9, 97.1, 97.3 and 97.1; max_start_epoch 4 and 16 had 96.1 and 97.4. After
+40 iterations with 20 steps it was 89.9 at ipc 1."""
 
 
 def check(run: Run) -> None:

@@ -10,7 +10,9 @@ memory and 8 % more work; see `ddfast.unroll`.
 the un-augmented images, without a gradient. Only images that are drawn get labels, where the
 published code labels all of them in every iteration. The artefact holds the labels that the target
 of the last iteration gives to the final images (published: to those before the last update; with
-decoded images, the mean over what is made of a row).
+decoded images, the mean over what is made of a row). Nothing keeps such labels at the class that
+an image began with: with barely trained teachers and few images all may end in a few classes, as
+the digits do at ipc 1 (on a split of their training images 9.8 %, without it 90.9).
 
 Where the released code differs from what it seems to intend, the default is what is intended:
 
@@ -32,7 +34,7 @@ import torch
 from torch import Tensor
 
 from ddfast.data import Dataset
-from ddfast.methods import trajectory_matching
+from ddfast.methods import mtt, trajectory_matching
 from ddfast.methods.config import setting
 from ddfast.methods.run import Decoded, Run
 from ddfast.methods.trajectory_matching import (
@@ -79,15 +81,15 @@ class Config(trajectory_matching.Config):
 
         For digits see `DIGITS`.
         """
-        row = nearest(TABLE, dataset, self.ipc)._asdict()
-        row["lr_img"] *= 1.0 if self.half_image_gradient else 0.5
-        return {
+        found = {
             **super().published(dataset),
             "iterations": 10000,
             "teacher_label": family(dataset).startswith("ImageNet"),
-            **row,
+            **nearest(TABLE, dataset, self.ipc)._asdict(),
             **(DIGITS[self.ipc >= 10] if dataset.name == "digits" else {}),
         }
+        found["lr_img"] *= 1.0 if self.half_image_gradient else 0.5
+        return found
 
     def distilled(
         self, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]
@@ -99,7 +101,8 @@ class Config(trajectory_matching.Config):
         return found
 
 
-DIGITS: tuple[dict[str, Any], dict[str, Any]] = ({}, {})
+DIGITS = tuple({**each, "lr_img": 2 * each["lr_img"]} for each in mtt.DIGITS)
+"""MTT's, for the half gradient. On the split they had 90.9 % at ipc 1 and 97.1 at ipc 10."""
 
 
 def check(run: Run) -> None:

@@ -305,11 +305,11 @@ def advance(
         run.say(f"iteration {run.iteration}: the expert did not move; left out")
         return part.start.new_zeros(run.dataset.num_classes), False
     losses, found = gradients(run, part, labelling, half_image_gradient)
-    threshold = config.threshold
-    return losses, attempt(
-        *(run, losses, found, threshold),
-        lambda: config.learning_rate(run.tensors).item() > 0,
-    )
+
+    def sound() -> bool:
+        return config.learning_rate(run.tensors).item() > 0
+
+    return losses, attempt(run, losses, found, config.threshold, sound)
 
 
 def gradients(

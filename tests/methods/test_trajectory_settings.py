@@ -10,10 +10,14 @@ import pytest
 import torch
 
 from ddfast import methods
+from ddfast.artefact import Artefact
+from ddfast.experts import Config as ExpertConfig
 from ddfast.experts import open_experts
 from ddfast.experts.file import EXPERTS, mapped
 from ddfast.methods import datm, tesla
-from ddfast.methods.trajectory_matching import family, logits, segment
+from ddfast.methods.config import filled
+from ddfast.methods.trajectory_matching import family, logits, mean_of_rows, of_rows, segment
+from ddfast.random import generator
 
 MODEL = "ConvNetD1W4"
 SETTINGS: dict[str, Any] = {
@@ -99,6 +103,17 @@ def test_published_settings_of_each(make_dataset) -> None:
     config = of("datm", "CIFAR100", 50, classes=100)
     assert config.start_epochs(0) == (20, 70) and not config.predicted_correctly
     assert of("datm", "CIFAR10", 500, max_start_epoch=30).start_epochs(0) == (29, 30)
+
+
+@pytest.mark.parametrize("method", ["mtt", "tesla", "ftd", "datm"])
+@pytest.mark.parametrize("ipc", [1, 10])
+def test_digits_need_no_longer_experts_than_they_have_by_default(make_dataset, method, ipc) -> None:
+    dataset = like(make_dataset([1]), "digits", 8)
+    config = methods.resolve(methods.find(method).config(ipc=ipc), dataset)
+    experts = filled(ExpertConfig(), dataset)
+    assert config.max_start_epoch - 1 + config.expert_epochs <= experts.train_epochs
+    assert (config.model, config.iterations) == (experts.model, 300)
+    assert config.lr_img == (100.0, 300.0)[ipc == 10]
 
 
 @pytest.mark.parametrize(
@@ -221,6 +236,32 @@ def test_tesla_without_a_teacher_keeps_hard_labels(make_run, make_dataset, make_
     assert "soft_labels" not in run.config.distilled(run.tensors, run.state)
     with pytest.raises(ValueError, match="half_image_gradient: true is not offered with adjoint"):
         make_run("tesla", dataset, half_image_gradient=True, adjoint="graph", **settings)
+
+
+@pytest.mark.parametrize("kind", ["pixels", "multi_formation", "hallucinators", "bases"])
+def test_labels_of_rows_are_those_that_the_artefact_decodes_to(
+    make_run, make_dataset, make_experts, kind
+) -> None:
+    dataset = make_dataset([12, 9, 15])
+    experts = str(make_experts(dataset, MODEL))
+    run = make_run(
+        "datm", dataset, experts=experts, ipc=2, parametrisation=kind,
+        predicted_correctly=False, **DATM,
+    )  # fmt: skip
+    soft = torch.randn(len(run.labels), 3, dtype=torch.float64, generator=generator(0, "labels"))
+    with torch.no_grad():
+        run.tensors[datm.LOGITS].copy_(soft)
+    artefact = Artefact(
+        **run.config.distilled(run.tensors, run.state), labels=run.labels, space=run.config.space,
+        decoder=run.decoder, mean=dataset.mean, std=dataset.std, class_names=dataset.class_names,
+        dataset=dataset.name, method="datm", config={}, seed=0,
+    )  # fmt: skip
+    decoded, made = artefact.decoded(), run.decoded(0, 3)
+    torch.testing.assert_close(decoded.images, made.images.detach().float())
+    of_images = of_rows(run, soft)
+    assert len(of_images) == len(made.images)
+    torch.testing.assert_close(decoded.soft_labels, of_images.softmax(1).float())
+    torch.testing.assert_close(mean_of_rows(run, of_images), soft)
 
 
 @pytest.mark.parametrize("method", ["ftd", "datm"])
