@@ -111,7 +111,9 @@ class Config(trajectory_matching.Config):
 
     beside: ClassVar[tuple[str, ...]] = (RATE, LOGITS)
 
-    threshold: float = setting("no update while the loss is above this (1; CIFAR-10 ipc 1: 1.1)")
+    threshold: float = setting(
+        "no update while the loss is above this (1; CIFAR-10 ipc 1: 1.1)", above=0
+    )
     min_start_epoch: int = setting("first start epoch", least=0)
     current_max_start_epoch: int = setting("start epochs lie below this one at first", least=1)
     expansion_end_epoch: int = setting(

@@ -114,7 +114,9 @@ class Config(Shared):
     history: Literal["device", "host", "checkpoints"] = setting(
         "where the parameters of every step wait for their reverse", "device"
     )
-    threshold: float = setting("no update while the loss is above this (MTT: no threshold)")
+    threshold: float = setting(
+        "no update while the loss is above this (MTT: no threshold)", above=0
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
