@@ -37,6 +37,7 @@ from torch import Tensor
 from ddfast.data import Dataset
 from ddfast.methods import mtt, trajectory_matching
 from ddfast.methods.config import setting
+from ddfast.methods.published_trajectories import nearest
 from ddfast.methods.run import Decoded, Interrupted, Run
 from ddfast.methods.trajectory_matching import (
     RATE,
@@ -45,7 +46,6 @@ from ddfast.methods.trajectory_matching import (
     check_trajectories,
     logits,
     mean_of_rows,
-    nearest,
     of_rows,
     opened,
     say_of_training,

@@ -25,15 +25,9 @@ from torch import Tensor
 from ddfast.data import Dataset
 from ddfast.methods import mtt, trajectory_matching
 from ddfast.methods.config import setting
+from ddfast.methods.published_trajectories import Published, Table, nearest
 from ddfast.methods.run import Run
-from ddfast.methods.trajectory_matching import (
-    Published,
-    Table,
-    advance,
-    check_trajectories,
-    nearest,
-    say_of_training,
-)
+from ddfast.methods.trajectory_matching import advance, check_trajectories, say_of_training
 
 TITLE = "Minimizing the Accumulated Trajectory Error (Du et al., CVPR 2023)"
 MATCHES = "MTT's, with experts trained to flat minima; keeps a running average of the images"

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from ddfast.data import Dataset
 from ddfast.methods import trajectory_matching
+from ddfast.methods.published_trajectories import Published, Table, nearest
 from ddfast.methods.run import Run
-from ddfast.methods.trajectory_matching import Published, Table, check_trajectories, nearest
+from ddfast.methods.trajectory_matching import check_trajectories
 
 TITLE = "Dataset Distillation by Matching Training Trajectories (Cazenavette et al., CVPR 2022)"
 MATCHES = "parameters of networks in the course of their training; back through all steps"

@@ -36,18 +36,15 @@ from torch import Tensor
 from ddfast.data import Dataset
 from ddfast.methods import mtt, trajectory_matching
 from ddfast.methods.config import setting
+from ddfast.methods.published_trajectories import Published, Table, family, nearest
 from ddfast.methods.run import Decoded, Run
 from ddfast.methods.trajectory_matching import (
     Labels,
-    Published,
     Segment,
-    Table,
     check_trajectories,
     classes_of,
-    family,
     logits,
     mean_of_rows,
-    nearest,
     segment,
 )
 

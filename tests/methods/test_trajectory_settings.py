@@ -16,7 +16,8 @@ from ddfast.experts import open_experts
 from ddfast.experts.file import EXPERTS, mapped
 from ddfast.methods import datm, tesla
 from ddfast.methods.config import filled
-from ddfast.methods.trajectory_matching import family, logits, mean_of_rows, of_rows, segment
+from ddfast.methods.published_trajectories import family
+from ddfast.methods.trajectory_matching import logits, mean_of_rows, of_rows, segment
 from ddfast.random import generator
 
 MODEL = "ConvNetD1W4"
