@@ -6,8 +6,8 @@ momentum 0.5 moves the images and, with a rate of its own, the student's step si
 
 The published code keeps the graphs of all T steps. `adjoint="exact"`, the default, has the same
 gradient and holds one step at a time. "frozen" is TESLA's, for comparison. On a split of the digits
-the two had cosines of 0.99 at first and of 0.73 to 0.96 later on, the frozen one being up to twice as
-long (`benchmarks/adjoints.py`).
+the two had cosines of 0.99 at first and of 0.73 to 0.96 later on, the frozen one being up to twice
+as long (`benchmarks/adjoints.py`).
 
 Experts as published: 100, each with plain SGD, see `ddfast experts`.
 """
