@@ -28,6 +28,7 @@ from ddfast.data import Dataset
 from ddfast.methods import bilevel
 from ddfast.methods.bilevel import Training
 from ddfast.methods.config import setting
+from ddfast.methods.published_trajectories import nearest
 from ddfast.methods.run import Decoded, Run
 from ddfast.unroll import Adam
 
@@ -37,15 +38,30 @@ PROTOCOL = "rat_bptt"
 
 NAMES = "window", "totwindow", "learn_labels"
 # The repository's README.
-PUBLISHED: dict[tuple[str, int], Mapping[str, Any]] = {
-    key: dict(zip(NAMES, values, strict=True))
-    for key, values in {
-        ("CIFAR10", 10): (60, 200, False),
-        ("CIFAR100", 1): (90, 130, False),
-        ("CIFAR100", 10): (100, 300, True),
-        ("TinyImageNet", 10): (100, 300, False),
-        ("ImageNet", 1): (80, 280, False),
+PUBLISHED: Mapping[str, Mapping[int, Mapping[str, Any]]] = {
+    family: {ipc: dict(zip(NAMES, values, strict=True)) for ipc, values in rows.items()}
+    for family, rows in {
+        "CIFAR10": {10: (60, 200, False)},
+        "CIFAR100": {1: (90, 130, False), 10: (100, 300, True)},
+        "TinyImageNet": {10: (100, 300, False)},
+        "ImageNet1K": {1: (80, 280, False)},
     }.items()
+}
+DIGITS: dict[bool, Mapping[str, Any]] = {  # from ipc 10 on, or below
+    large: {
+        "window": window,
+        "totwindow": 3 * window,
+        "inner_lr": inner_lr,
+        "lr_img": lr_img,
+        "learn_labels": False,
+        "lr_y": lr_img,
+        "iterations": iterations,
+        "init": init,
+    }
+    for large, window, inner_lr, lr_img, iterations, init in (
+        (False, 10, 1e-2, 0.05, 200, "noise"),
+        (True, 20, 3e-3, 0.2, 150, "real"),
+    )
 }
 NORM_DECAY = 0.9
 MOST_OVER_MEAN = 2.0
@@ -78,26 +94,26 @@ class Config(bilevel.Config):
     def published(self, dataset: Dataset) -> Mapping[str, Any]:
         """60000 iterations, lr_img 0.001 (Adam), the README's windows for data set and ipc.
 
-        For digits 500 iterations with a window of 10 and up to 30 steps, found on a split of the
-        training images.
+        For digits 200 iterations of noise: lr_img 0.05, inner_lr 0.01, a window of 10 of up to
+        30 steps; from ipc 10 on 150 of real images, 0.2, 0.003, 20 and 60. On a split of their
+        training images noise had 88.6 % at ipc 1, real images 97.0 at ipc 10 (random selection
+        95.0).
         """
-        from ddfast.methods.trajectory_matching import pick
-
         digits = dataset.name == "digits"
         mirrored = dataset.name in ("MNIST", "SVHN", "digits")
-        found: Mapping[str, Any] = pick(PUBLISHED, dataset, self.ipc)
+        found: Mapping[str, Any] = nearest(PUBLISHED, dataset, self.ipc)
         if digits:
-            found = {"window": 10, "totwindow": 30, "learn_labels": False, "inner_lr": 1e-2}
+            found = DIGITS[self.ipc >= 10]
         return {
             **super().published(dataset),
             "inner_lr": 1e-3,
             "init": "noise",
-            "lr_img": 0.02 if digits else 1e-3,
-            "lr_y": 0.02 if digits else 1e-3,
+            "lr_img": 1e-3,
+            "lr_y": 1e-3,
             "batch_per_class": 10,
             "task_sampler_nc": dataset.num_classes,
             "dsa_strategy": "rotate" if mirrored else "flip_rotate",
-            "iterations": 500 if digits else 60_000,
+            "iterations": 60_000,
             **found,
         }
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from ddfast import methods
+from ddfast import methods, nets
 from ddfast.data import Dataset
+from ddfast.experts.file import EXPERTS, create, described
 from ddfast.methods import Run
 
 
@@ -17,6 +19,39 @@ from ddfast.methods import Run
 def one_thread() -> None:
     """The networks here are far too small for more."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def make_experts(tmp_path) -> Callable[..., Path]:
+    """A folder of trajectories that wander at random from fresh weights; see `ddfast.experts`."""
+
+    def make(
+        dataset: Dataset,
+        model: str,
+        experts: int = 3,
+        epochs: int = 4,
+        pace: float = 0.02,
+        name: str = "experts",
+    ) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        net = nets.build(model, dataset.channels, dataset.num_classes, dataset.size)
+        start = torch.nn.utils.parameters_to_vector(net.parameters()).detach()
+        settings = {**described(dataset, net, model), "training": {"optimiser": "sgd"}}
+        file = create(folder / EXPERTS, settings, experts, epochs, len(start))
+        random = torch.Generator().manual_seed(9)
+        for number in range(experts):
+            nets.initialise(net, random)
+            theta = torch.nn.utils.parameters_to_vector(net.parameters()).detach()
+            for epoch in range(epochs + 1):
+                file.trajectories[number, epoch] = theta.numpy()
+                theta = theta + pace * torch.randn(len(theta), generator=random)
+        file.written[:] = epochs + 1
+        file.trajectories.flush()
+        file.written.flush()
+        return folder
+
+    return make
 
 
 def _dataset(counts: list[int], channels: int = 2, size: tuple[int, int] = (8, 8)) -> Dataset:
