@@ -19,7 +19,7 @@ from ddfast.artefact import Artefact
 from ddfast.data import Dataset
 from ddfast.distill import checkpoint, folder
 from ddfast.distill.checkpoint import STATE
-from ddfast.distill.log import Log, in_words, peak_memory
+from ddfast.distill.log import Log, peak_memory
 from ddfast.distill.process import (
     clear,
     deterministic,
@@ -28,7 +28,7 @@ from ddfast.distill.process import (
     usable_device,
     warn_of_changes,
 )
-from ddfast.memory import DEFAULT, parse_memory
+from ddfast.memory import DEFAULT, in_words, parse_memory
 from ddfast.methods import Config, Diverged, Interrupted, Method, Run
 from ddfast.methods.run import learned, restore
 

@@ -24,7 +24,7 @@ from ddfast.memory import FIRST_ORDER
 from ddfast.methods.config import Config as Shared
 from ddfast.methods.config import setting
 from ddfast.methods.run import Decoded, Run, refuse_batchnorm
-from ddfast.unroll import SGD, Optimiser, final_parameters
+from ddfast.unroll import SGD, Optimiser, final_parameters, fitting
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,14 +69,38 @@ class Training:
     window: int | None = None
 
 
-def check(run: Run, method: str) -> None:
+def check(
+    run: Run, method: str, batch: int, steps: int, optimiser: Optimiser, window: int | None = None
+) -> None:
     """Refuse what cannot work before the first step.
 
+    Args:
+        batch: images of a step of the student.
+        steps: of it at most.
+        optimiser, window: as in `Training`.
+
     Raises:
-        ValueError: batch normalisation; not even one image fits into the memory.
+        ValueError: batch normalisation; a student that takes more than the memory, with what would
+            fit.
     """
+    config = run.config
+    assert isinstance(config, Config)
     refuse_batchnorm(run, method, "whose running statistics a student does not carry along")
     run.at_once(FIRST_ORDER)
+    problem = fitting(
+        run.memory,
+        run.net,
+        (run.dataset.channels, *run.dataset.size),
+        batch,
+        steps,
+        adjoint=config.adjoint,
+        history=config.history,
+        optimiser=optimiser,
+        window=window,
+        images=run.decoded_per_class * run.dataset.num_classes,
+    )
+    if problem:
+        raise ValueError(f"memory: {problem}")
 
 
 def leaves_beside(run: Run) -> dict[str, Tensor]:

@@ -31,6 +31,7 @@ from ddfast.methods.bilevel import Training, inverse_softplus
 from ddfast.methods.config import setting
 from ddfast.methods.run import Run
 from ddfast.random import generator
+from ddfast.unroll import SGD
 
 TITLE = "DD: Dataset Distillation (Wang et al., arXiv 2018)"
 MATCHES = "the loss on real data after a few steps with learned step sizes"
@@ -108,7 +109,8 @@ def check(run: Run) -> None:
     """
     config = run.config
     assert isinstance(config, Config)
-    bilevel.check(run, "DD")
+    group = run.decoded_per_class // config.distill_steps * run.dataset.num_classes
+    bilevel.check(run, "DD", group, config.distill_steps * config.distill_epochs, SGD())
     if run.decoded_per_class % config.distill_steps:
         raise ValueError(
             f"distill_steps: got {config.distill_steps}, expected a divisor of the "

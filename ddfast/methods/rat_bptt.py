@@ -157,7 +157,9 @@ def check(run: Run) -> None:
     """
     config = run.config
     assert isinstance(config, Config)
-    bilevel.check(run, "RaT-BPTT")
+    each = min(config.batch_per_class, run.decoded_per_class)
+    batch = each * min(config.task_sampler_nc, run.dataset.num_classes)
+    bilevel.check(run, "RaT-BPTT", batch, config.totwindow, Adam(), config.window)
     if config.minwindow + config.window > config.totwindow:
         raise ValueError(
             f"window: got {config.window} behind at least {config.minwindow} steps, expected at "

@@ -57,7 +57,7 @@ from ddfast.methods.pretrained import set_weights
 from ddfast.methods.rollback import attempt
 from ddfast.methods.run import Decoded, Run, refuse_batchnorm
 from ddfast.random import generator
-from ddfast.unroll import final_parameters
+from ddfast.unroll import final_parameters, fitting
 
 if TYPE_CHECKING:
     from ddfast.experts import Experts
@@ -210,12 +210,27 @@ def check_trajectories(run: Run, method: str) -> None:
 
 
 def check_memory(run: Run) -> None:
-    """The place to plan the memory of a step of the student and of its history.
+    """Plan the memory of the student's steps and of their history.
 
     Raises:
-        ValueError: not even one image fits.
+        ValueError: it is more than the run may take; the message says what would fit.
     """
+    config = run.config
+    assert isinstance(config, Config)
     run.at_once(SECOND_ORDER)
+    images = run.decoded_per_class * run.dataset.num_classes
+    problem = fitting(
+        run.memory,
+        run.net,
+        (run.dataset.channels, *run.dataset.size),
+        min(config.batch_syn or images, images),
+        config.syn_steps,
+        adjoint=config.adjoint,
+        history=config.history,
+        images=images,
+    )
+    if problem:
+        raise ValueError(f"memory: {problem}")
 
 
 class Segment(NamedTuple):

@@ -11,9 +11,9 @@ import torch
 
 from ddfast import methods
 from ddfast.artefact import Artefact
-from ddfast.experts import Config as ExpertConfig
 from ddfast.experts import open_experts
 from ddfast.experts.file import EXPERTS, mapped
+from ddfast.experts.training import Config as ExpertConfig
 from ddfast.methods import datm, tesla
 from ddfast.methods.config import filled
 from ddfast.methods.published_trajectories import family
