@@ -57,7 +57,7 @@ bench: .venv/installed
 	rm -f benchmarks/results/cpu.csv
 	for file in gradient_distance class_mean augment norm_relu_pool class_weight_grad \
 	  multi_formation gradient_matching mmd characteristic_function distribution_matching \
-	  trajectory unroll; do \
+	  trajectory unroll experts; do \
 	  $(BIN)/python benchmarks/bench_$$file.py --out benchmarks/results/cpu.csv || exit 1; done
 
 clean:

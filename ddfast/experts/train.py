@@ -68,7 +68,7 @@ def train(
         )
     config = filled(config, dataset)
     where = usable_device(device)
-    net = _built(config, dataset, 0)
+    net = built(config, dataset, 0)
     if nets.has_batchnorm(net):
         raise ValueError(
             f"model: {config.model} has batch normalisation, whose running statistics are no "
@@ -101,7 +101,8 @@ def train(
         return open_experts(path)
 
 
-def _built(config: Config, dataset: Dataset, number: int) -> nets.Network:
+def built(config: Config, dataset: Dataset, number: int) -> nets.Network:
+    """Expert `number` before its training."""
     random = generator(config.seed, "experts: weights", number)
     shape = (dataset.channels, dataset.num_classes, dataset.size)
     return nets.build(config.model, *shape, generator=random)
@@ -161,7 +162,7 @@ class _Run:
         self, numbers: list[int], images: Tensor, labels: Tensor, ended: threading.Event
     ) -> None:
         """Train the experts of one stack to their end."""
-        group_nets = [_built(self.config, self.dataset, k).to(self.device) for k in numbers]
+        group_nets = [built(self.config, self.dataset, k).to(self.device) for k in numbers]
         group = Group(
             self.config, self.dataset, numbers, SideBySide(group_nets, stacked=self.stack > 0)
         )

@@ -114,7 +114,7 @@ def gsam(net, parameters, x, y, g, settings):
 )
 def test_stacked_experts_are_those_of_a_literal_loop(dataset, changes):
     settings = filled(config(**changes), dataset)
-    group_nets = [module._built(settings, dataset, k).double() for k in range(3)]
+    group_nets = [module.built(settings, dataset, k).double() for k in range(3)]
     group = Group(settings, dataset, [0, 1, 2], SideBySide(group_nets, stacked=True))
     found = [group.snapshots()]
     for epoch in range(settings.train_epochs):
@@ -143,7 +143,7 @@ def test_the_file_is_an_ordinary_safetensors_file(tmp_path, dataset):
         assert file.get_tensor("written").tolist() == [3, 3, 3]
     assert whole.shape == (3, 3, experts.parameters) and torch.isfinite(whole).all()
     assert torch.equal(whole[1, 2], experts.snapshot(1, 2))
-    start = module._built(filled(config(), dataset), dataset, 1).parameters()
+    start = module.built(filled(config(), dataset), dataset, 1).parameters()
     assert torch.equal(experts.snapshot(1, 0), nn.utils.parameters_to_vector(start))
     copied = experts.snapshot(1, 0)
     copied.zero_()

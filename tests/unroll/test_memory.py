@@ -95,7 +95,7 @@ def test_advice_where_it_does_not_fit():
     said = fitting(1 << 30, *call, adjoint="graph")
     assert "20 steps need about 3.7 GiB, and 1.0 GiB are given; --memory 3" in said
     assert "or adjoint exact, which needs 2" in said
-    said = fitting(256 * MEBIBYTE, net, (3, 32, 32), 100, 1000)
+    said = fitting(320 * MEBIBYTE, net, (3, 32, 32), 100, 1000)
     assert "history checkpoints" in said
     assert "fewer steps" in fitting(32 * MEBIBYTE, net, (3, 32, 32), 100, 1000)
 
