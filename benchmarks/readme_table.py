@@ -81,6 +81,9 @@ SHOWN = {
     "mmd": ("gaussian", "energy"),
     "characteristic_function": ("",),
     "distribution_matching": ("full",),
+    "trajectory": ("",),
+    "unroll": ("",),
+    "experts": ("ConvNetD2W32", "MLP"),
 }
 
 
