@@ -29,6 +29,9 @@ from ddfast.random import generator, seed_of
 
 __all__ = ["evaluate", "random_sets"]
 
+OWN_STRATEGY = ("cafe", "linba", "rat_bptt")
+"""Protocols with the augmentation that the set was distilled with."""
+
 
 @dataclass(frozen=True)
 class _Part:
@@ -84,8 +87,9 @@ def evaluate(
         selections: how many random selections.
         baselines: False leaves out random selections and full data.
         progress: show a bar on stderr.
-        epochs, batch, lr, dsa_strategy: override the protocol's. Without a dsa_strategy, cafe has
-            that of the artefact's config, if it is CAFE's.
+        epochs, batch, lr, dsa_strategy: override the protocol's. Without a dsa_strategy, cafe,
+            linba and rat_bptt have that of the artefact's config, if it is of that method, and
+            without a batch rat_bptt has that of its student.
         device: None for the GPU if there is one, else the CPU.
         out: folder for `report.json` and `report.md`, found to be writable before any work.
 
@@ -104,8 +108,12 @@ def evaluate(
     factor = 1
     if isinstance(distilled, Artefact) and distilled.decoder is not None:
         factor = distilled.decoder.get("factor", 1)
-    if protocol == "cafe" and dsa_strategy is None and isinstance(distilled, Artefact):
-        dsa_strategy = distilled.config.get("dsa_strategy") if distilled.method == "cafe" else None
+    if isinstance(distilled, Artefact) and protocol == distilled.method:
+        settings = distilled.config
+        if protocol in OWN_STRATEGY and dsa_strategy is None:
+            dsa_strategy = settings.get("dsa_strategy")
+        if protocol == "rat_bptt" and batch is None:
+            batch = settings["batch_per_class"] * settings["task_sampler_nc"]
 
     own_lr = lr
     if lr is None and protocol in LEARNED_LR and isinstance(distilled, Artefact):
@@ -129,7 +137,7 @@ def evaluate(
         }
         own = dataclasses.replace(chosen[len(hard[1])], lr=own_lr or chosen[len(hard[1])].lr)
         if protocol == "dd":
-            own = _scheduled(own, distilled)
+            own = _scheduled(own, distilled, model)
         plans.append((model, _parts(len(stored), hard, soft, others, dataset, chosen, own, seed)))
     where = _device(device)
     work = sum(
@@ -162,13 +170,24 @@ def evaluate(
     return report
 
 
-def _scheduled(preset: Protocol, distilled: Artefact | TrainingSet) -> Protocol:
-    """The protocol by which DD's own set is trained on."""
+def _scheduled(preset: Protocol, distilled: Artefact | TrainingSet, model: str) -> Protocol:
+    """The protocol by which networks of a model are trained on DD's own set."""
     if not isinstance(distilled, Artefact) or not isinstance(distilled.lr, tuple):
         raise ValueError("protocol: dd needs a set with a learned rate for each step, such as DD's")
     settings = distilled.config
+    groups = settings.get("distill_steps")
+    if not isinstance(groups, int) or groups < 1 or len(distilled.lr) % groups:
+        raise ValueError(
+            f"protocol: dd needs the number of groups in the set's config, got distill_steps "
+            f"{groups!r} with {len(distilled.lr)} rates"
+        )
+    known = settings.get("init_net") == "fixed" and settings.get("model") == model
     return protocols.by_own_schedule(
-        preset, distilled.lr, settings["distill_steps"], settings["init_weights"]
+        preset,
+        distilled.lr,
+        groups,
+        settings.get("init_weights", "default"),
+        (distilled.seed, settings.get("sample_n_nets", 1)) if known else None,
     )
 
 

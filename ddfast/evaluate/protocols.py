@@ -73,6 +73,8 @@ class Protocol:
         rates: learning rates of the steps, in their order, see above.
         groups: of images, with `rates`.
         weights: how fresh weights are drawn, see `ddfast.methods.dd`.
+        start: None, or a seed and a number of networks: those that DD's images are for
+            (`init_net` "fixed"), as which networks then begin, in turn.
     """
 
     name: str
@@ -89,6 +91,7 @@ class Protocol:
     rates: tuple[float, ...] = ()
     groups: int = 1
     weights: str = "default"
+    start: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         schedules = ("dc", "multistep", "fifths", "constant")
@@ -178,10 +181,12 @@ def protocol(
               with the set (MTT, TESLA, FTD)
     `datm`    the same with batches of 128
     `dd`      as `dc`; `ddfast.evaluate.evaluate` trains on the distilled set by its own schedule
-    `linba`   SGD with 0.01 and momentum 0.9, no weight decay (unverified) and no augmentation,
-              batches of 640, 300 epochs
-    `rat_bptt`  Adam with 0.001, about 1000 steps, augmented by rotations and, but for digits,
-              mirroring
+    `linba`   SGD with 0.01 and momentum 0.9, constant, no weight decay, batches of 640, 300
+              epochs; the augmentation that the set was distilled with, by default none
+    `rat_bptt`  Adam with 0.001, constant, about 1000 steps, on as many images as a step of its
+              student has (the published code draws them class by class, here the set is shuffled);
+              rotated or, but for digits, mirrored. The best of four numbers of steps on the test
+              images, which the published code reports, is no evaluation
     ========  ==========================================================================
 
     IDC's exceptions are kept: MNIST with factor > 1, and SVHN with one image per class and
@@ -194,8 +199,9 @@ def protocol(
 
     DSA's strategy is the published one: all operations, without flip for digits (`digits`, MNIST,
     SVHN). With the strategy `"none"` dsa and dm keep their 1000 epochs. `ddfast.evaluate.evaluate`
-    gives cafe the strategy that the set was distilled with. The papers report 20 networks for each
-    of 5 distilled sets (DC, DSA) or 5 networks (DM); how many is up to the evaluation.
+    gives cafe, linba and rat_bptt the strategy that the set was distilled with. The papers report
+    20 networks for each of 5 distilled sets (DC, DSA) or 5 networks (DM); how many is up to the
+    evaluation.
 
     Args:
         name: one of `PROTOCOLS`.
@@ -218,10 +224,15 @@ def protocol(
         preset = _m3d(dataset, dsa_strategy)
     elif name == "linba":
         preset = Protocol(
-            name, EPOCHS_LINBA, batch=BATCH_LINBA, schedule="constant", weight_decay=0
+            name,
+            EPOCHS_LINBA,
+            *_augmentation("dsa", dsa_strategy or "none"),
+            BATCH_LINBA,
+            weight_decay=0,
+            schedule="constant",
         )
     elif name == "rat_bptt":
-        preset = _rat_bptt(dataset, ipc, dsa_strategy)
+        preset = _rat_bptt(dataset, ipc, dsa_strategy, batch)
     elif name in ("dc", "dd") or (name == "cafe" and (dsa_strategy or "none").lower() == "none"):
         if dsa_strategy is not None and name != "cafe":
             raise ValueError(f"dsa_strategy has no meaning for protocol {name!r}; use another one")
@@ -304,9 +315,9 @@ def _ncfm(dataset: Dataset, given: str | None) -> Protocol:
     )
 
 
-def _rat_bptt(dataset: Dataset, ipc: int, given: str | None) -> Protocol:
+def _rat_bptt(dataset: Dataset, ipc: int, given: str | None, batch: int | None) -> Protocol:
     """RaT-BPTT's (Feng et al., ICLR 2024): so many steps of Adam."""
-    batch = Protocol("", 1).batch
+    batch = batch or Protocol("", 1).batch
     strategy = given
     if strategy is None:
         mirrored = "flip" not in published_dsa_strategy(dataset).split("_")
@@ -315,6 +326,7 @@ def _rat_bptt(dataset: Dataset, ipc: int, given: str | None) -> Protocol:
         "rat_bptt",
         -(-STEPS_RAT_BPTT // math.ceil(ipc * dataset.num_classes / batch)),
         *_augmentation("dsa", strategy),
+        batch,
         lr=1e-3,
         weight_decay=0,
         schedule="constant",
@@ -323,9 +335,17 @@ def _rat_bptt(dataset: Dataset, ipc: int, given: str | None) -> Protocol:
 
 
 def by_own_schedule(
-    preset: Protocol, rates: tuple[float, ...], groups: int, weights: str
+    preset: Protocol,
+    rates: tuple[float, ...],
+    groups: int,
+    weights: str,
+    start: tuple[int, int] | None = None,
 ) -> Protocol:
-    """The protocol of a set that was distilled with its own step sizes (DD)."""
+    """The protocol of a set that was distilled with its own step sizes (DD).
+
+    Args:
+        rates, groups, weights, start: as in `Protocol`.
+    """
     return dataclasses.replace(
         preset,
         epochs=len(rates) // groups,
@@ -335,6 +355,7 @@ def by_own_schedule(
         rates=rates,
         groups=groups,
         weights=weights,
+        start=start,
     )
 
 

@@ -19,7 +19,7 @@ from ddfast.data.dataset import check_labels
 from ddfast.evaluate.dc_augmentation import dc_augment
 from ddfast.evaluate.protocols import Protocol
 from ddfast.evaluate.side_by_side import SideBySide, evenly, shared_out, stack_size
-from ddfast.methods.dd import draw_weights, group_rows
+from ddfast.methods.dd import draw_weights, fixed_network, group_rows
 from ddfast.random import generator
 
 __all__ = ["NotFinite", "TrainingSet", "accuracy", "train_networks"]
@@ -100,10 +100,11 @@ def train_networks(
 
     def built(member: _Member) -> nets.Network:
         random = member.generator(seed, "weights")
+        if protocol.start is not None:
+            random = fixed_network(protocol.start[0], member.number % protocol.start[1])
         shape = (dataset.channels, dataset.num_classes, dataset.size)
-        net = nets.build(model, *shape, generator=random)
-        if protocol.weights != "default":
-            draw_weights(net, member.generator(seed, "weights"), protocol.weights)
+        net = nets.build(model, *shape)
+        draw_weights(net, random, protocol.weights)
         return net.to(device, dtype)
 
     batch = min(protocol.batch, images.shape[1])

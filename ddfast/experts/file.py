@@ -147,7 +147,11 @@ def create(
     temporary = path.with_name(f".{path.name}.{os.getpid():08d}")
     with temporary.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header)
-        file.truncate(8 + len(header) + counts + values)
+        size = 8 + len(header) + counts + values
+        if hasattr(os, "posix_fallocate"):  # a full disk is an error now, not a crash later
+            os.posix_fallocate(file.fileno(), 0, size)
+        else:
+            file.truncate(size)
     temporary.replace(path)
     return mapped(path, "r+")
 

@@ -55,6 +55,8 @@ def import_buffers(
     settings = described(dataset, net, model)
     settings["imported"] = {"files": [path.name for path in paths], "ddfast": __version__}
     out = folder.opened(out)
+    if (out / EXPERTS).exists():
+        raise ValueError(f"out: {out} holds experts already; choose another folder")
     experts = create(
         out / EXPERTS,
         settings,

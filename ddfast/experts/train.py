@@ -125,7 +125,7 @@ class _Run:
     def finish(self) -> None:
         """Train all that is missing, a stack a thread."""
         groups = evenly(range(self.config.num_experts), max(1, self.stack))
-        missing = [g for g in groups if int(self.experts.written[g[0]]) <= self.experts.epochs]
+        missing = [g for g in groups if self.experts.written[g].min() <= self.experts.epochs]
         images = self.dataset.train_images
         if self.device.type == "cuda" and images.numel() < torch.cuda.mem_get_info()[0] // 4:
             images = images.to(self.device)
@@ -177,12 +177,12 @@ class _Run:
                 self.save(numbers, epoch)
                 return
             losses = group.epoch(epoch, images, labels)
-            finite = torch.isfinite(losses)
+            finite = torch.isfinite(losses) & torch.isfinite(group.snapshots()).all(1)
             if not finite.all():
                 bad = numbers[int((~finite).nonzero()[0])]
                 raise Diverged(
-                    f"the loss of expert {bad} is not finite in epoch {epoch}; a smaller "
-                    f"lr_teacher (now {self.config.lr_teacher:g}) may help"
+                    f"the loss or a weight of expert {bad} is not finite in epoch {epoch}; a "
+                    f"smaller lr_teacher (now {self.config.lr_teacher:g}) may help"
                 )
             self.keep(group, epoch + 1)
             with self.lock:

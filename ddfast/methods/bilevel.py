@@ -24,6 +24,7 @@ from ddfast.memory import FIRST_ORDER
 from ddfast.methods.config import Config as Shared
 from ddfast.methods.config import setting
 from ddfast.methods.run import Decoded, Run, refuse_batchnorm
+from ddfast.random import generator
 from ddfast.unroll import SGD, Optimiser, final_parameters, fitting
 
 
@@ -140,6 +141,26 @@ def gradients(
     return found, loss
 
 
+def update(
+    run: Run,
+    gradients: Mapping[str, Tensor],
+    loss: Tensor,
+    training: Training,
+    step: Callable[[], object] | None = None,
+) -> Tensor:
+    """`Run.update`, whose message says how many steps of a student came to what is not finite.
+
+    Args:
+        loss: 0-d.
+
+    Returns:
+        The loss, once for each class, for a class has none of its own: (num_classes,).
+    """
+    losses = loss.detach().reshape(1).expand(run.dataset.num_classes).clone()
+    run.update(gradients, losses, f", after {len(training.batches)} steps of the student", step)
+    return losses
+
+
 def real_loss(run: Run, theta: Tensor, training: Training) -> tuple[Tensor, Tensor]:
     """Mean cross-entropy of the real images at theta, and its gradient, piece by piece."""
     student = Student(run.net, run.memory)
@@ -187,9 +208,22 @@ def minibatches(
     return batches
 
 
-def each_class(run: Run, loss: Tensor) -> Tensor:
-    """The loss, once for each class."""
-    return loss.detach().reshape(1).expand(run.dataset.num_classes)
+def passes(images: int, batch: int, epochs: int) -> int:
+    """Iterations in which so many epochs take all real images, `batch` at a time."""
+    return epochs * math.ceil(images / batch)
+
+
+def in_turn(run: Run, batch: int) -> Tensor:
+    """The next real images, in an order of their own for each epoch, whose last may be fewer.
+
+    Returns:
+        int64 positions of at most `batch` of all training images.
+    """
+    count = len(run.dataset.train_labels)
+    epoch, turn = divmod(run.iteration, passes(count, batch, 1))
+    # Of the epoch, not the iteration: all its batches are cut from one order.
+    order = torch.randperm(count, generator=generator(run.config.seed, "real images", epoch))
+    return order[turn * batch : (turn + 1) * batch]
 
 
 def inverse_softplus(value: float) -> float:
@@ -201,11 +235,13 @@ __all__ = [
     "Config",
     "Training",
     "check",
-    "each_class",
     "fresh_start",
     "gradients",
+    "in_turn",
     "inverse_softplus",
     "leaves_beside",
     "minibatches",
     "parameters_of",
+    "passes",
+    "update",
 ]

@@ -1,17 +1,32 @@
 """DD: images and step sizes by which a network learns the data in a few steps.
 
-Wang, Zhu, Torralba and Efros, Dataset Distillation, arXiv 1811.10959. A fresh network makes
-`distill_steps` x `distill_epochs` steps of plain SGD, each on one of `distill_steps` groups of
-images in a fixed order (the groups take turns), each with a step size of its own, softplus of what
-is learned; the loss is that of real images. With `init_net` "fixed" the network begins from the
-same weights in every iteration and the set belongs to these. No augmentation.
+Wang, Zhu, Torralba and Efros, Dataset Distillation, arXiv 1811.10959. A network makes
+T = `distill_steps` x `distill_epochs` steps of plain SGD, each on one of S = `distill_steps` groups
+of images in a fixed order, each with a step size of its own:
 
-`ipc` counts all images of a class: each group has ipc / distill_steps of them, the first group a
-class's first ones. The gradient is exact, as the official code's, but at the memory of one step.
+    theta_{i+1} = theta_i - eta_i grad CE(theta_i; group i mod S)        eta_i = softplus(rho_i)
 
-Networks are evaluated as they are used: trained from fresh weights by the set's own schedule
-(protocol "dd"). Random selections and the full data, for which no schedule was learned, are trained
-by the protocol "dc".
+The loss is that of theta_T on real images, and Adam makes a step on the images and on rho. No
+augmentation, no momentum, hard labels. The gradient is exact, as the official code's, but at the
+memory of one step.
+
+`ipc` counts all images of a class, S x `images_per_class_per_step`, and either of the two settings
+may be left out. The first group has a class's first images in the order in which they are stored
+(decoded, where one stored image makes several), the second group the next, and so on: an artefact,
+whose `lr` holds the T step sizes, needs no more than S from its config to be trained on as it was
+distilled. Shuffled and with a constant rate it is not the set that DD made.
+
+`init_net` "random" draws a network anew in every iteration (the paper's unknown initialisation).
+With "fixed" (known) it begins from the same weights in every iteration, and the set belongs to
+these.
+
+Networks are evaluated as they are used (protocol "dd"): from weights of the same distribution, or
+for "fixed" and the same architecture from the same ones, by the set's own schedule. Random
+selections and the full data, for which no schedule was learned, are trained by the protocol "dc".
+
+Not as published: ConvNets in place of LeNet and of an AlexNet with local response normalisation,
+for comparison with later methods; batch normalisation is refused. Distillation for networks that
+were trained before and for attacks is not offered.
 """
 
 from __future__ import annotations
@@ -27,7 +42,7 @@ from torch import Tensor
 from ddfast import nets
 from ddfast.data import Dataset
 from ddfast.methods import bilevel
-from ddfast.methods.bilevel import Training, inverse_softplus
+from ddfast.methods.bilevel import Training, inverse_softplus, passes
 from ddfast.methods.config import setting
 from ddfast.methods.run import Run
 from ddfast.random import generator
@@ -38,7 +53,7 @@ MATCHES = "the loss on real data after a few steps with learned step sizes"
 PROTOCOL = "dd"
 
 EPOCHS, DECAY_EPOCHS, DECAY = 400, 40, 0.5  # passes over the real data
-BETAS = (0.5, 0.999)
+SECOND_BETA = 0.999
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +63,13 @@ class Config(bilevel.Config):
     beside: ClassVar[tuple[str, ...]] = ("lr",)
 
     batch_real: int = setting("real images of the outer loss, of all classes", 1024, least=1)
+    momentum: float = setting("of the synthetic images: Adam's first beta", 0.5, least=0, below=1)
     distill_steps: int = setting("groups of images, one a step (10, or fewer for ipc)", least=1)
+    images_per_class_per_step: int = setting(
+        "images of a class in a group, in place of distill_steps: ipc over it",
+        aliases=("distilled_images_per_class_per_step",),
+        least=1,
+    )
     distill_epochs: int = setting("how often the groups take turns", least=1)
     distill_lr: float = setting("step sizes at first (0.02; 0.001 for CIFAR)", above=0)
     init_net: Literal["random", "fixed"] = setting("the network's weights at first", "random")
@@ -66,8 +87,10 @@ class Config(bilevel.Config):
         up again and again (84.7 % after 200 iterations, 73.9 after 300).
         """
         digits = dataset.name == "digits"
-        epoch = -(-len(dataset.train_labels) // self.batch_real)
+        images = len(dataset.train_labels)
         steps = max(k for k in range(1, 11) if self.ipc % k == 0)
+        if self.images_per_class_per_step is not None:
+            steps = max(1, self.ipc // self.images_per_class_per_step)
         return {
             **super().published(dataset),
             "init": "noise",
@@ -75,8 +98,8 @@ class Config(bilevel.Config):
             "distill_steps": steps,
             "distill_epochs": (4 if self.ipc >= 10 else 20) if digits else 3,
             "distill_lr": 0.1 if digits else 0.001 if dataset.name.startswith("CIFAR") else 0.02,
-            "iterations": 300 if digits else EPOCHS * epoch,
-            "decay_iterations": 150 if digits else DECAY_EPOCHS * epoch,
+            "iterations": 300 if digits else passes(images, self.batch_real, EPOCHS),
+            "decay_iterations": 150 if digits else passes(images, self.batch_real, DECAY_EPOCHS),
         }
 
     def starting_set(
@@ -90,7 +113,7 @@ class Config(bilevel.Config):
     def optimiser(self, tensors: Mapping[str, Tensor]) -> torch.optim.Optimizer:
         """Adam over everything."""
         groups = [*self.parameter_groups(tensors), {"params": [tensors["lr"]], "lr": self.lr_img}]
-        return torch.optim.Adam(groups, self.lr_img, BETAS)
+        return torch.optim.Adam(groups, self.lr_img, (self.momentum, SECOND_BETA))
 
     def distilled(
         self, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]
@@ -109,27 +132,31 @@ def check(run: Run) -> None:
     """
     config = run.config
     assert isinstance(config, Config)
-    group = run.decoded_per_class // config.distill_steps * run.dataset.num_classes
-    bilevel.check(run, "DD", group, config.distill_steps * config.distill_epochs, SGD())
+    of_step = config.images_per_class_per_step
+    if of_step is not None and config.distill_steps * of_step != config.ipc:
+        raise ValueError(
+            f"images_per_class_per_step: got {of_step}, with {config.distill_steps} distill_steps "
+            f"for {config.distill_steps * of_step} images per class, expected ipc, {config.ipc}"
+        )
     if run.decoded_per_class % config.distill_steps:
         raise ValueError(
             f"distill_steps: got {config.distill_steps}, expected a divisor of the "
             f"{run.decoded_per_class} images of a class"
         )
+    group = run.decoded_per_class // config.distill_steps * run.dataset.num_classes
+    bilevel.check(run, "DD", group, config.distill_steps * config.distill_epochs, SGD())
 
 
 def step(run: Run) -> Tensor:
     """One update of images and step sizes. Returns the loss, once for each class."""
     config = run.config
     assert isinstance(config, Config)
-    count, classes = run.decoded_per_class, run.dataset.num_classes
-    groups = group_rows(count, classes, config.distill_steps)
+    groups = group_rows(run.decoded_per_class, run.dataset.num_classes, config.distill_steps)
     batches = [rows.to(run.device) for rows in groups] * config.distill_epochs
-    random = run.generator("real batch")
-    real = torch.randperm(len(run.dataset.train_labels), generator=random)[: config.batch_real]
+    real = bilevel.in_turn(run, config.batch_real)
     total, losses = run.no_gradients(), []
     for number in range(config.sample_n_nets):
-        made = run.decoded(0, classes)
+        made = run.decoded(0, run.dataset.num_classes)
         beside = bilevel.leaves_beside(run)
         rates = torch.nn.functional.softplus(beside["lr"])
         training = Training(start(run, number), batches, rates, real)
@@ -140,9 +167,7 @@ def step(run: Run) -> Tensor:
     fresh = config.optimiser(run.tensors).param_groups
     for group, first in zip(run.optimiser.param_groups, fresh, strict=True):
         group["lr"] = first["lr"] * DECAY ** (run.iteration // config.decay_iterations)
-    loss = torch.stack(losses).mean()
-    run.update(total, bilevel.each_class(run, loss))
-    return bilevel.each_class(run, loss)
+    return bilevel.update(run, total, torch.stack(losses).mean(), training)
 
 
 def start(run: Run, number: int) -> Tensor:
@@ -152,10 +177,15 @@ def start(run: Run, number: int) -> Tensor:
     random = (
         run.generator("network", number)
         if config.init_net == "random"
-        else generator(config.seed, "fixed network", number)
+        else fixed_network(config.seed, number)
     )
     draw_weights(run.net, random, config.init_weights)
     return bilevel.parameters_of(run.net)
+
+
+def fixed_network(seed: int, number: int) -> torch.Generator:
+    """What the weights of a network are drawn from that is the same in every iteration."""
+    return generator(seed, "fixed network", number)
 
 
 def group_rows(count: int, classes: int, groups: int) -> list[Tensor]:

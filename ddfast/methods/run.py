@@ -40,6 +40,7 @@ class Decoded:
         images: (n, channels, H, W), class after class, in the space that the config says.
         labels: int64, of each image.
         counts: images of each class.
+        sources: the row, counted from the first class's first, that each image is made of.
     """
 
     classes: tuple[int, int]
@@ -47,6 +48,7 @@ class Decoded:
     images: Tensor
     labels: Tensor
     counts: list[int]
+    sources: Tensor | None = None
 
 
 @dataclass
@@ -177,7 +179,7 @@ class Run:
         others = {name: leaf for name, leaf in leaves.items() if name != "images"}
         images, sources = decode(self.decoder, leaves["images"], counts, others)
         counts = [len(sources) // (end - first)] * (end - first)
-        return Decoded((first, end), leaves, images, labels[sources], counts)
+        return Decoded((first, end), leaves, images, labels[sources], counts, sources)
 
     def training_set(self) -> tuple[Tensor, Tensor]:
         """All images as networks see them, outside any graph, and their labels."""

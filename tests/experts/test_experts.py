@@ -176,6 +176,22 @@ def test_interrupted_and_resumed_is_the_same_bits(tmp_path, dataset, monkeypatch
     assert np.array_equal(resumed.trajectories, whole.trajectories)
 
 
+def test_a_resumed_run_may_stack_otherwise(tmp_path, dataset, monkeypatch):
+    original, calls = Group.epoch, []
+
+    def interrupted(self, epoch, *arguments):
+        calls.append(epoch)
+        if len(calls) == 4:  # two experts of three have come to their end
+            raise KeyboardInterrupt
+        return original(self, epoch, *arguments)
+
+    monkeypatch.setattr(Group, "epoch", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(dataset, config(), tmp_path, at_once=2, progress=False, device="cpu")
+    monkeypatch.setattr(Group, "epoch", original)
+    assert train(dataset, config(), tmp_path, at_once=3, progress=False, device="cpu").epochs == 2
+
+
 def test_a_signal_stops_between_two_epochs(tmp_path, dataset, monkeypatch):
     original = Group.epoch
 
@@ -249,7 +265,7 @@ def test_refusals_before_any_work(tmp_path, dataset):
 
 
 def test_a_loss_that_is_not_finite_names_expert_and_epoch(tmp_path, dataset):
-    with pytest.raises(Diverged, match=r"loss of expert \d is not finite in epoch \d"):
+    with pytest.raises(Diverged, match=r"weight of expert \d is not finite in epoch \d"):
         train(dataset, config(lr_teacher=1e30), tmp_path, progress=False, device="cpu")
 
 
@@ -287,6 +303,8 @@ def test_official_buffers_are_imported(tmp_path, dataset):
             assert torch.equal(
                 experts.snapshot(k, t), torch.full((experts.parameters,), k + t / 10)
             )
+    with pytest.raises(ValueError, match="holds experts already"):
+        import_buffers(buffers(tmp_path), dataset, "ConvNetD1W4", tmp_path / "out")
     assert open_experts(tmp_path / "out").settings["imported"]["files"][0] == "replay_buffer_0.pt"
 
 
