@@ -105,6 +105,7 @@ def settings_of(method: str, dataset: str, ipc: int) -> dict[str, Any]:
         found |= {"inner_lr": 3e-3}
     if method == "linba" and dataset == "generated":
         found |= {"iterations": 150, "inner_steps": 30, "inner_lr": 0.02, "lr_img": 0.3}
+        found |= {"init": "real", "batch_per_class": 10}
     return found
 
 
