@@ -32,13 +32,19 @@ def test_distilled_images_are_better_than_random_ones(name, row) -> None:
     assert int(row["seconds"]) > 0 and int(row["iterations"]) > 0
 
 
+# Rows that `benchmarks/accuracy.py` has still to measure.
+UNMEASURED: set[tuple[str, str, str]] = set()
+
+
 def test_every_method_has_a_row_for_each_data_set() -> None:
+    missing = set()
     for name in methods.methods():
         found = {(row["dataset"], row["ipc"]) for row in methods.figures(name)}
         wanted = {("digits", "1"), ("generated", "1"), ("digits", "10")}
         if name == "it_gan":  # a latent for each of many images
             wanted = {("digits", "10"), ("generated", "10")}
-        assert wanted <= found, name
+        missing |= {(name, *row) for row in wanted - found}
+    assert missing == UNMEASURED
 
 
 def test_the_command_shows_them(capsys) -> None:
