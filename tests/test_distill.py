@@ -19,7 +19,8 @@ from ddfast.artefact import Artefact
 from ddfast.data import Dataset, generated
 from ddfast.data.files import whole_file
 from ddfast.distill import checkpoint, distill, folder, loop
-from ddfast.distill.log import Log, in_words
+from ddfast.distill.log import Log
+from ddfast.memory import in_words
 from ddfast.methods import Diverged
 
 SMALL: dict[str, dict[str, Any]] = {

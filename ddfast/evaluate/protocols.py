@@ -96,7 +96,9 @@ class Protocol:
     def __post_init__(self) -> None:
         schedules = ("dc", "multistep", "fifths", "constant")
         if self.schedule not in schedules:
-            raise ValueError(f"schedule must be one of {schedules}, got {self.schedule!r}")
+            raise ValueError(
+                f"schedule must be one of {', '.join(schedules)}, got {self.schedule!r}"
+            )
         if self.optimiser not in ("sgd", "adamw"):
             raise ValueError(f"optimiser must be sgd or adamw, got {self.optimiser!r}")
         if not 0 <= self.cutmix <= 1:
