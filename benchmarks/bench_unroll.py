@@ -1,7 +1,7 @@
 """The gradient of MTT's loss through T steps of a student: one outer iteration's worth.
 
     python benchmarks/bench_unroll.py --out benchmarks/results/unroll.csv
-    python benchmarks/bench_unroll.py --memory --out benchmarks/results/unroll_memory.csv
+    python benchmarks/bench_unroll.py --memory --out benchmarks/results/unroll_memory.json
 
 ConvNet-3 with instance norm, 3x32x32, 100 images, all in every step; the loss is the distance of
 the final parameters from given ones, the gradient that of the images and of the learning rate.
@@ -18,7 +18,6 @@ gradient over the peak of one with T = 1. --threads 1 throughout.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import os
 import subprocess
@@ -94,7 +93,7 @@ def weigh(provider: str, width: int, steps: int) -> dict[str, int]:
 
 
 def memory(arguments: list[str]) -> None:
-    """The peaks of all providers and T, printed and written to a CSV file."""
+    """The peaks of all providers and T, printed and written to a JSON file."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--memory", nargs="*", default=None)
     parser.add_argument("--most", type=float, default=8.0, help="GB that a graph may take")
@@ -126,10 +125,7 @@ def memory(arguments: list[str]) -> None:
             print(row, flush=True)
             rows.append(row)
     if options.out:
-        with options.out.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(rows)
+        options.out.write_text(json.dumps(rows, indent=2) + "\n")
 
 
 if __name__ == "__main__":

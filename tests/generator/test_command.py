@@ -81,4 +81,4 @@ def test_help(capsys) -> None:
     for flag in ("--width", "--G_ch", "--steps_discriminator", "--dsa_strategy", "--device"):
         assert flag in said
     assert main(["--help"]) == 0
-    assert "generator Train a class-conditional generator" in capsys.readouterr().out
+    assert "generator  Train a class-conditional generator" in capsys.readouterr().out
