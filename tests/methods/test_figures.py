@@ -32,15 +32,10 @@ def test_distilled_images_are_better_than_random_ones(name, row) -> None:
     assert int(row["seconds"]) > 0 and int(row["iterations"]) > 0
 
 
-# Rows that `benchmarks/accuracy.py` has still to measure.
+# Rows that `benchmarks/accuracy.py` has still to measure. DD at ten images a class had 93.0 ± 0.7,
+# random selection 93.4 ± 1.7: settings for it have to be found on a split of the training images.
 UNMEASURED = {
-    ("datm", "digits", "10"),
-    ("datm", "generated", "1"),
     ("dd", "digits", "10"),
-    ("ftd", "digits", "10"),
-    ("linba", "digits", "10"),
-    ("linba", "generated", "1"),
-    ("rat_bptt", "digits", "10"),
 }
 
 
