@@ -6,7 +6,6 @@ Of ddfast itself nothing is imported before it is known which command it is.
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import json
 import os
@@ -15,9 +14,7 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO, get_type_hints
-
-from jsonargparse import ActionConfigFile
+from typing import TYPE_CHECKING, Any, TextIO
 
 from ddfast.command import Parser, first_line, plain, set_threads
 
@@ -125,14 +122,7 @@ def _distill(words: list[str]) -> None:
         raise ValueError(f"expected a method after distill, got {words[0]}")
     method = methods.find(words[0])
     parser = _distill_parser(method)
-    options = parser.parse_args(words[1:])
-    missing = [name for name in REQUIRED if options[name] is None]
-    if missing:
-        parser.error(f"required and missing: --{', --'.join(missing)}")
-    names = [field.name for field in dataclasses.fields(method.config)]
-    settings = {name: options[name] for name in names}
-    settings["data_options"] = plain(settings["data_options"])
-    config = method.config(**settings)
+    options, config = parser.parsed(words[1:], method.config, REQUIRED)
     set_threads(options.threads)
 
     from ddfast import data
@@ -165,23 +155,7 @@ def _distill_parser(method: Method) -> Parser:
         f"{method.title}. Matches {method.matches}. Published settings, where a flag is left out: "
         f"{published}",
     )
-    parser.add_argument(
-        "--config", action=ActionConfigFile, metavar="FILE", help="YAML with any of these, by name"
-    )
-    hints = get_type_hints(method.config)
-    groups = {
-        "task": parser.add_argument_group("task"),
-        "method": parser.add_argument_group("method"),
-    }
-    for field in dataclasses.fields(method.config):
-        default = None if field.default is dataclasses.MISSING else field.default
-        parser.flag(
-            groups[field.metadata["group"]],
-            [field.name, *field.metadata["aliases"]],
-            hints[field.name],
-            default,
-            field.metadata["help"] + (" (required)" if field.name in REQUIRED else ""),
-        )
+    parser.fields(method.config, REQUIRED, "method")
     run = parser.add_argument_group("run (changes results by rounding at most)")
     parser.flag(run, ["out"], str, None, "folder of the run (required)")
     parser.flag(run, ["device"], str, None, "cpu or cuda (default: a GPU if there is one)")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import difflib
 import re
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NoReturn, get_args, get_origin
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
-from jsonargparse import ArgumentParser, DefaultHelpFormatter, Namespace
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter, Namespace
+
+S = TypeVar("S")
 
 
 class Formatter(DefaultHelpFormatter):
@@ -39,6 +42,51 @@ class Parser(ArgumentParser):
             near = difflib.get_close_matches(unknown[1], flags, n=1)
             message += f" (did you mean {near[0]}?)" if near else ""
         raise ValueError(f"{message}; `{self.prog} --help` lists the flags")
+
+    def fields(self, settings: type[Any], required: Sequence[str], title: str) -> None:
+        """A flag for every field of a class of settings, and --config for a file of them.
+
+        Args:
+            settings: a subclass of `ddfast.methods.config.Settings`.
+            required: names that cannot be left out, for their help.
+            title: heading of the fields that do not belong to the task.
+        """
+        self.add_argument(
+            "--config",
+            action=ActionConfigFile,
+            metavar="FILE",
+            help="YAML with any of these, by name",
+        )
+        hints = get_type_hints(settings)
+        groups = {
+            "task": self.add_argument_group("task"),
+            "method": self.add_argument_group(title),
+        }
+        for field in dataclasses.fields(settings):
+            default = None if field.default is dataclasses.MISSING else field.default
+            self.flag(
+                groups[field.metadata["group"]],
+                [field.name, *field.metadata["aliases"]],
+                hints[field.name],
+                default,
+                field.metadata["help"] + (" (required)" if field.name in required else ""),
+            )
+
+    def parsed(
+        self, words: list[str], settings: type[S], required: Sequence[str]
+    ) -> tuple[Namespace, S]:
+        """The flags of `fields` and others: all of them, and those of the settings as such.
+
+        Raises:
+            ValueError: flags that are missing, unknown or wrong.
+        """
+        options = self.parse_args(words)
+        missing = [name for name in required if options[name] is None]
+        if missing:
+            self.error(f"required and missing: --{', --'.join(missing)}")
+        fields: Any = settings
+        found = {field.name: options[field.name] for field in dataclasses.fields(fields)}
+        return options, settings(**found | {"data_options": plain(found["data_options"])})
 
     def flag(self, group: Any, names: Sequence[str], hint: Any, default: Any, help: str) -> None:
         """One flag, which may be left out; `default` None is not mentioned."""

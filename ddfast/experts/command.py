@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
-from typing import get_type_hints
 
-from jsonargparse import ActionConfigFile
-
-from ddfast.command import Parser, plain, set_threads
+from ddfast.command import Parser, set_threads
 from ddfast.experts.file import EXPERTS
 from ddfast.experts.importer import import_buffers
 from ddfast.experts.train import train
@@ -25,13 +21,7 @@ def run(words: list[str], description: str) -> None:
         ValueError: flags that are missing, unknown or wrong.
     """
     parser = _parser(description)
-    options = parser.parse_args(words)
-    missing = [name for name in REQUIRED if options[name] is None]
-    if missing:
-        parser.error(f"required and missing: --{', --'.join(missing)}")
-    settings = {field.name: options[field.name] for field in dataclasses.fields(Config)}
-    settings["data_options"] = plain(settings["data_options"])
-    config = Config(**settings)
+    options, config = parser.parsed(words, Config, REQUIRED)
     set_threads(options.threads)
 
     from ddfast import data
@@ -55,23 +45,7 @@ def _parser(description: str) -> Parser:
     """Every field of the settings as a flag, and the flags of a run."""
     left_out = " ".join((Config.published.__doc__ or "").split())
     parser = Parser("ddfast experts", f"{description} Where a flag is left out: {left_out}")
-    parser.add_argument(
-        "--config", action=ActionConfigFile, metavar="FILE", help="YAML with any of these, by name"
-    )
-    hints = get_type_hints(Config)
-    groups = {
-        "task": parser.add_argument_group("task"),
-        "method": parser.add_argument_group("training"),
-    }
-    for field in dataclasses.fields(Config):
-        default = None if field.default is dataclasses.MISSING else field.default
-        parser.flag(
-            groups[field.metadata["group"]],
-            [field.name, *field.metadata["aliases"]],
-            hints[field.name],
-            default,
-            field.metadata["help"] + (" (required)" if field.name in REQUIRED else ""),
-        )
+    parser.fields(Config, REQUIRED, "training")
     run = parser.add_argument_group("run")
     parser.flag(run, ["out"], str, None, "folder of the run (required)")
     parser.flag(
