@@ -13,20 +13,14 @@ from torch.nn import functional as F
 from ddfast.augment import DSA
 from ddfast.data import Dataset, normalise
 from ddfast.evaluate.side_by_side import SideBySide
-from ddfast.methods.config import DIGITS_MODEL, Settings, convnet_of, dsa_strategy, setting
+from ddfast.methods.config import DIGITS_MODEL, Task, convnet_of, dsa_strategy, setting
 from ddfast.random import generator
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Settings):
+class Config(Task):
     """How experts are trained, by default as MTT's buffer.py does; flags as there."""
 
-    dataset: str = setting("name of the data set, such as digits or CIFAR10", group="task")
-    data_path: str = setting("folder that holds its files", group="task", identity=False)
-    data_options: dict[str, Any] = setting(  # noqa: RUF009 a field, with a factory
-        'options of its reader, such as {"classes": 5}', {}, group="task"
-    )
-    seed: int = setting("every random number follows from it", 0, group="task")
     model: str = setting("network to train (ConvNet, one block more for each doubling from 32 px)")
     num_experts: int = setting("networks to train", least=1)
     max_start_epoch: int = setting("distillation begins at epochs below this one", least=1)

@@ -28,7 +28,7 @@ from ddfast.generator.network import (
     folded,
 )
 from ddfast.methods import Diverged
-from ddfast.methods.config import Settings, dsa_strategy, filled, setting
+from ddfast.methods.config import Task, dsa_strategy, filled, setting
 from ddfast.random import generator as make_generator
 
 __all__ = ["Config", "Training", "finished", "resolve", "restore", "start", "state_of", "step"]
@@ -39,15 +39,9 @@ NETWORKS = ("generator", "discriminator", "average")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Settings):
+class Config(Task):
     """Settings of the training of a generator."""
 
-    dataset: str = setting("name of the data set, such as digits or CIFAR10", group="task")
-    data_path: str = setting("folder that holds its files", group="task", identity=False)
-    data_options: dict[str, Any] = setting(  # noqa: RUF009 a field, with a factory
-        'options of its reader, such as {"classes": 5}', {}, group="task"
-    )
-    seed: int = setting("every random number of the run follows from it", 0, group="task")
     iterations: int = setting("steps of the generator", least=1)
     batch: int = setting("real images a step, and as many generated ones", 64, least=2)
     latent_dim: int = setting("numbers in a latent", aliases=("dim_z",), least=1)

@@ -16,16 +16,17 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ddfast import nets
 from ddfast.engine import Student
 from ddfast.memory import FIRST_ORDER
 from ddfast.methods.config import Config as Shared
 from ddfast.methods.config import setting
-from ddfast.methods.run import Decoded, Run, refuse_batchnorm
+from ddfast.methods.pretrained import flattened
+from ddfast.methods.run import Decoded, Run, check_student, refuse_batchnorm
 from ddfast.random import generator
-from ddfast.unroll import SGD, Optimiser, final_parameters, fitting
+from ddfast.unroll import SGD, Optimiser, final_parameters
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,20 +89,8 @@ def check(
     assert isinstance(config, Config)
     refuse_batchnorm(run, method, "whose running statistics a student does not carry along")
     run.at_once(FIRST_ORDER)
-    problem = fitting(
-        run.memory,
-        run.net,
-        (run.dataset.channels, *run.dataset.size),
-        batch,
-        steps,
-        adjoint=config.adjoint,
-        history=config.history,
-        optimiser=optimiser,
-        window=window,
-        images=run.decoded_per_class * run.dataset.num_classes,
-    )
-    if problem:
-        raise ValueError(f"memory: {problem}")
+    choices = {"adjoint": config.adjoint, "history": config.history, "window": window}
+    check_student(run, batch, steps, optimiser=optimiser, **choices)
 
 
 def leaves_beside(run: Run) -> dict[str, Tensor]:
@@ -179,15 +168,10 @@ def real_loss(run: Run, theta: Tensor, training: Training) -> tuple[Tensor, Tens
     return loss, total
 
 
-def parameters_of(net: nn.Module) -> Tensor:
-    """(P,), a copy of the network's parameters."""
-    return torch.cat([p.detach().reshape(-1) for p in net.parameters()])
-
-
 def fresh_start(run: Run, *number: int) -> Tensor:
     """Parameters of a network drawn anew for this iteration."""
     nets.initialise(run.net, run.generator("network", *number))
-    return parameters_of(run.net)
+    return flattened(run.net)
 
 
 def minibatches(
@@ -241,7 +225,6 @@ __all__ = [
     "inverse_softplus",
     "leaves_beside",
     "minibatches",
-    "parameters_of",
     "passes",
     "update",
 ]

@@ -77,7 +77,19 @@ class Settings:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Settings):
+class Task(Settings):
+    """What every run has: its data and its seed."""
+
+    dataset: str = setting("name of the data set, such as digits or CIFAR10", group="task")
+    data_path: str = setting("folder that holds its files", group="task", identity=False)
+    data_options: dict[str, Any] = setting(  # noqa: RUF009 a field, with a factory
+        'options of its reader, such as {"classes": 5}', {}, group="task"
+    )
+    seed: int = setting("every random number of the run follows from it", 0, group="task")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Task):
     """Settings of a distillation run.
 
     A method's config adds its own fields and says in `published` what it uses where a field is left
@@ -94,13 +106,7 @@ class Config(Settings):
     space: ClassVar[str] = "normalised"
     beside: ClassVar[tuple[str, ...]] = ()
 
-    dataset: str = setting("name of the data set, such as digits or CIFAR10", group="task")
-    data_path: str = setting("folder that holds its files", group="task", identity=False)
-    data_options: dict[str, Any] = setting(  # noqa: RUF009 a field, with a factory
-        'options of its reader, such as {"classes": 5}', {}, group="task"
-    )
     ipc: int = setting("synthetic images per class", MISSING, group="task", least=1)
-    seed: int = setting("every random number of the run follows from it", 0, group="task")
     model: str = setting(
         "network to match on (published: ConvNet, one block more for each doubling beyond 32 px)"
     )

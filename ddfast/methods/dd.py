@@ -44,6 +44,7 @@ from ddfast.data import Dataset
 from ddfast.methods import bilevel
 from ddfast.methods.bilevel import Training, inverse_softplus, passes
 from ddfast.methods.config import setting
+from ddfast.methods.pretrained import flattened
 from ddfast.methods.run import Run
 from ddfast.random import generator
 from ddfast.unroll import SGD
@@ -181,7 +182,7 @@ def start(run: Run, number: int) -> Tensor:
         else fixed_network(config.seed, number)
     )
     draw_weights(run.net, random, config.init_weights)
-    return bilevel.parameters_of(run.net)
+    return flattened(run.net)
 
 
 def fixed_network(seed: int, number: int) -> torch.Generator:

@@ -16,6 +16,7 @@ from ddfast.memory import activation_bytes, images_at_once
 from ddfast.methods.config import Config
 from ddfast.random import generator
 from ddfast.synthetic import decode, repeats
+from ddfast.unroll import fitting
 
 OPTIMISER = "optimiser."
 """Before the names of its tensors, in a checkpoint."""
@@ -292,6 +293,30 @@ def restore(run: Run, state: Mapping[str, Tensor]) -> None:
             tensor.grad = None
     groups = run.optimiser.state_dict()["param_groups"]
     run.optimiser.load_state_dict({"state": values, "param_groups": groups})
+
+
+def check_student(run: Run, batch: int, steps: int, **options: Any) -> None:
+    """Refuse a student that takes more memory than the run may.
+
+    Args:
+        batch: images of a step of the student.
+        steps: of it at most.
+        options: of `ddfast.unroll.estimate_memory`.
+
+    Raises:
+        ValueError: naming what it needs, and what would fit.
+    """
+    problem = fitting(
+        run.memory,
+        run.net,
+        (run.dataset.channels, *run.dataset.size),
+        batch,
+        steps,
+        images=run.decoded_per_class * run.dataset.num_classes,
+        **options,
+    )
+    if problem:
+        raise ValueError(f"memory: {problem}")
 
 
 def refuse_batchnorm(

@@ -41,7 +41,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -49,18 +49,16 @@ from torch.nn.functional import softplus
 
 from ddfast.augment import DSA
 from ddfast.data import Dataset
+from ddfast.experts import Experts, check_experts, open_experts
 from ddfast.losses import trajectory_distance
 from ddfast.memory import FORWARD, SECOND_ORDER
 from ddfast.methods.config import Config as Shared
 from ddfast.methods.config import dsa_strategy, setting
 from ddfast.methods.pretrained import set_weights
 from ddfast.methods.rollback import attempt
-from ddfast.methods.run import Decoded, Run, refuse_batchnorm
+from ddfast.methods.run import Decoded, Run, check_student, refuse_batchnorm
 from ddfast.random import generator
-from ddfast.unroll import final_parameters, fitting
-
-if TYPE_CHECKING:
-    from ddfast.experts import Experts
+from ddfast.unroll import final_parameters
 
 RATE = "lr_parameter"
 """Name of what is learned of the step size, see `Config.learning_rate`."""
@@ -160,9 +158,6 @@ def opened(config: Config) -> Experts:
     Raises:
         FileNotFoundError, ValueError: see `ddfast.experts.open_experts`.
     """
-    # Late: that package stands on the loop, which imports the methods.
-    from ddfast.experts import open_experts
-
     return open_experts(config.experts)
 
 
@@ -191,8 +186,6 @@ def check_trajectories(run: Run, method: str) -> None:
     )
     if not config.experts:
         raise ValueError(f"experts: missing; {advice}")
-    from ddfast.experts import check_experts
-
     experts = opened(config)
     check_experts(experts, run.dataset, run.net, config.model)
     if experts.epochs < needed:
@@ -219,18 +212,8 @@ def check_memory(run: Run) -> None:
     assert isinstance(config, Config)
     run.at_once(SECOND_ORDER)
     images = run.decoded_per_class * run.dataset.num_classes
-    problem = fitting(
-        run.memory,
-        run.net,
-        (run.dataset.channels, *run.dataset.size),
-        min(config.batch_syn or images, images),
-        config.syn_steps,
-        adjoint=config.adjoint,
-        history=config.history,
-        images=images,
-    )
-    if problem:
-        raise ValueError(f"memory: {problem}")
+    choices = {"adjoint": config.adjoint, "history": config.history}
+    check_student(run, min(config.batch_syn or images, images), config.syn_steps, **choices)
 
 
 class Segment(NamedTuple):

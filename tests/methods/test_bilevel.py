@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from ddfast import methods
 from ddfast.data import normalise
 from ddfast.methods import Diverged, bilevel, dd, linba, rat_bptt
+from ddfast.methods.pretrained import flattened
 from ddfast.random import generator
 from ddfast.unroll import SGD, Adam
 
@@ -77,7 +78,7 @@ def literal_dd(run, leaves: dict[str, Tensor]) -> Tensor:
         if config.init_net == "fixed":
             random = generator(0, "fixed network", number)
         dd.draw_weights(run.net, random, config.init_weights)
-        theta = bilevel.parameters_of(run.net).requires_grad_()
+        theta = flattened(run.net).requires_grad_()
         for i in range(4):  # two groups of two images a class, twice
             rows = torch.cat([torch.arange(2) + 4 * c + 2 * (i % 2) for c in range(3)])
             out = logits_of(run.net, theta, leaves["images"][rows])
@@ -264,7 +265,7 @@ def test_linba_without_steps_stays_as_it_is(make_run, dataset):
 
 @pytest.mark.parametrize("method", ALL)
 def test_real_images_in_pieces_make_no_difference(method, make_run, dataset, monkeypatch):
-    monkeypatch.setattr(bilevel, "fitting", lambda *arguments, **options: "")
+    monkeypatch.setattr("ddfast.methods.run.fitting", lambda *arguments, **options: "")
     gradients = []
     for memory in (1 << 30, 200_000):
         run = make_run(method, dataset, memory, **settings_of(method))

@@ -15,7 +15,8 @@ from ddfast.cli import main
 from ddfast.distill import distill, loop
 from ddfast.evaluate import compare, evaluate, train_networks
 from ddfast.evaluate.protocols import by_own_schedule, protocol
-from ddfast.methods import bilevel, dd
+from ddfast.methods import dd
+from ddfast.methods.pretrained import flattened
 from ddfast.random import generator
 from tests.methods.test_bilevel import ALL, MODEL, settings_of
 
@@ -75,7 +76,7 @@ def test_networks_follow_the_schedule_of_dd(tmp_path, dataset, known):
                     net.parameters(), torch.autograd.grad(loss, list(net.parameters())), strict=True
                 ):
                     p.data -= rate * g
-            theirs, ours = (bilevel.parameters_of(n) for n in (net, found))
+            theirs, ours = (flattened(n) for n in (net, found))
             torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 
