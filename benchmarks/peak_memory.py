@@ -28,18 +28,13 @@ from ddfast import engine
 from ddfast.memory import peak_resident
 
 
-def peak() -> int:
-    """Largest resident size so far, in bytes."""
-    return peak_resident()
-
-
 def synthetic_side(path: str) -> int:
     """100 classes of 50 images, 3x32x32; returns the peak before the work."""
     task = Task("full", 100, 50)
     shapes = dict(task.net.named_parameters())
     random = torch.Generator().manual_seed(1)
     real = [torch.randn(100, *shapes[n].shape, generator=random) for n in task.names]
-    before = peak()
+    before = peak_resident()
     if path == "ddfast":
         images = task.syn.detach()
         engine.match_gradients(task.net, images, task.labels, [50] * 100, real, task.names)
@@ -59,7 +54,7 @@ def outer_iteration(classes: int, together: int = 8) -> int:
     Every group costs the same, so that a part of them shows the peak and the time of all.
     """
     task = Task("64x64", 1000, 1)
-    before = peak()
+    before = peak_resident()
     for first in range(0, classes, together):
         few = range(first, min(first + together, classes))
         x = torch.cat([task.real.roll(c, 3) for c in few])
@@ -92,7 +87,7 @@ def main() -> None:
         start = time.perf_counter()
         before = WORK[options.only]()
         seconds = round(time.perf_counter() - start, 1)
-        print(json.dumps({"before": before, "peak": peak(), "seconds": seconds}))
+        print(json.dumps({"before": before, "peak": peak_resident(), "seconds": seconds}))
         return
     found = {
         "device": device_name("cpu"),

@@ -295,13 +295,14 @@ def _methods(words: list[str]) -> None:
 
     from ddfast.methods import figures, methods
 
+    width = max(map(len, methods())) + 1
     for method in methods().values():
-        print(f"{method.name:6}{method.title}")
-        print(f"{'':6}matches {method.matches}")
-        print(f"{'':6}{method.status}")
+        print(f"{method.name:{width}}{method.title}")
+        print(f"{'':{width}}matches {method.matches}")
+        print(f"{'':{width}}{method.status}")
         for row in figures(method.name):
             print(
-                f"{'':6}{row['dataset']}, ipc {row['ipc']}: {row['distilled']} % "
+                f"{'':{width}}{row['dataset']}, ipc {row['ipc']}: {row['distilled']} % "
                 f"(random selection {row['random']}, full data {row['full']}; "
                 f"{row['iterations']} iterations, {row['seconds']} s on one core)"
             )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,11 @@ KEPT = 2
 
 # Before the names of what a method keeps beside what it learns.
 STATE = "state."
+
+
+def state_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a method kept beside what it learns, from a checkpoint's tensors."""
+    return {n.removeprefix(STATE): tensor for n, tensor in tensors.items() if n.startswith(STATE)}
 
 
 def _path(folder: Path, iteration: int) -> Path:

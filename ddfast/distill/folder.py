@@ -146,13 +146,8 @@ def unfinished(folder: Path) -> tuple[Artefact, int]:
             "there shows them"
         )
     per_class = len(learned[settings.rows]) // data["classes"]
-    state = {
-        name.removeprefix(checkpoint.STATE): tensor
-        for name, tensor in tensors.items()
-        if name.startswith(checkpoint.STATE)
-    }
     artefact = Artefact(
-        **settings.distilled(learned, state),
+        **settings.distilled(learned, checkpoint.state_of(tensors)),
         labels=torch.arange(data["classes"]).repeat_interleave(per_class),
         space=settings.space,
         decoder=settings.decoder((data["shape"][1], data["shape"][2])),

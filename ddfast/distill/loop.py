@@ -255,9 +255,8 @@ class _Loop:
                 )
         restore(self.run, tensors)
         self.run.state = {
-            name.removeprefix(STATE): tensor.to(self.run.device)
-            for name, tensor in tensors.items()
-            if name.startswith(STATE)
+            name: tensor.to(self.run.device)
+            for name, tensor in checkpoint.state_of(tensors).items()
         }
         self.run.iteration = header["iteration"]
         self.seconds_before = header["seconds"]

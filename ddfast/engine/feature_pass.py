@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddfast.engine.chain import Block, Chain
-from ddfast.engine.fused import algorithm_of
+from ddfast.engine.sums import algorithm_of
 from ddfast.ops import class_weight_grad as conv
 from ddfast.ops import first_block as first
 from ddfast.ops import norm_relu_pool as norm

@@ -16,6 +16,14 @@ from torch import Tensor
 
 from ddfast.engine.chain import Block, Chain
 from ddfast.engine.segments import check_labels
+from ddfast.engine.sums import (
+    algorithm_of,
+    collect,
+    collect_first,
+    collect_rows,
+    segment_sum,
+    weight_grad_tangent,
+)
 from ddfast.ops import class_weight_grad as conv
 from ddfast.ops import first_block as first
 from ddfast.ops import norm_relu_pool as norm
@@ -51,22 +59,8 @@ def _spread(values: Tensor, counts: Sequence[int]) -> Tensor:
     return torch.cat([v.expand(n, *v.shape) for v, n in zip(values, counts, strict=True)])
 
 
-def _segment_sum(values: Tensor, counts: Sequence[int]) -> Tensor:
-    """(N, width) -> (segments, width)."""
-    return torch.stack([part.sum(0) for part in values.split(list(counts))])
-
-
 def _weight(block: Block) -> Tensor:
     return block.convolution.weight.detach().unsqueeze(0)
-
-
-def algorithm_of(block: Block, plane: Sequence[int], algorithm: str) -> str:
-    """The algorithm asked for where this convolution can use it, else the best that it can."""
-    if algorithm != "winograd":
-        return algorithm
-    fits = block.convolution.kernel_size == (3, 3) and block.padding == 1
-    fits = fits and plane[0] % 4 == 0 and plane[1] % 4 == 0
-    return algorithm if fits and block.convolution.weight.dtype == torch.float32 else "auto"
 
 
 def forward_backward(
@@ -136,7 +130,7 @@ def forward_backward(
             features, by_logits, counts, [], 0, "auto"
         )
     if f"{chain.head_name}.bias" in names:
-        found[f"{chain.head_name}.bias"] = _segment_sum(by_logits, counts)
+        found[f"{chain.head_name}.bias"] = segment_sum(by_logits, counts)
     last = _least_block(chain, names)
     if last is None and not keep:
         return found, trace
@@ -147,7 +141,7 @@ def forward_backward(
         block, x, z = chain.blocks[number], trace.inputs[number], trace.outputs[number]
         mean, rstd = trace.statistics[number]
         if recompute and number == 0:
-            _collect_first(
+            collect_first(
                 found,
                 block,
                 names,
@@ -163,7 +157,7 @@ def forward_backward(
         gz, by_scale, by_shift = norm.norm_relu_pool_bwd(
             g, z, weight, bias, mean, rstd, block.groups, block.activation, block.pool
         )
-        _collect(found, block, names, x, gz, by_scale, by_shift, counts, algorithm)
+        collect(found, block, names, x, gz, by_scale, by_shift, counts, algorithm)
         if keep:
             trace.by_pooled.insert(0, g)
             trace.by_output.insert(0, gz)
@@ -192,86 +186,6 @@ def _least_block(chain: Chain, names: Sequence[str]) -> int | None:
         if owned & set(names):
             return number
     return None
-
-
-def _collect_first(
-    found: dict[str, Tensor],
-    block: Block,
-    names: Sequence[str],
-    gradients: tuple[Tensor, ...],
-    counts: list[int],
-) -> None:
-    by_weight, *rows = gradients
-    if not block.bias_counts:  # exactly zero: the norm subtracts the bias again
-        rows[0] = torch.zeros_like(rows[0])
-    if f"{block.name}.weight" in names:
-        found[f"{block.name}.weight"] = by_weight
-    owned = (f"{block.name}.bias", f"{block.norm_name}.weight", f"{block.norm_name}.bias")
-    for name, row in zip(owned, rows, strict=True):
-        if name in names:
-            found[name] = _segment_sum(row, counts)
-
-
-def _collect(
-    found: dict[str, Tensor],
-    block: Block,
-    names: Sequence[str],
-    x: Tensor,
-    gz: Tensor,
-    by_scale: Tensor,
-    by_shift: Tensor,
-    counts: list[int],
-    algorithm: str,
-) -> None:
-    if f"{block.name}.weight" in names:
-        kernel = list(block.convolution.kernel_size)
-        kind = algorithm_of(block, x.shape[2:], algorithm)
-        found[f"{block.name}.weight"] = conv.class_weight_grad(
-            x, gz, counts, kernel, block.padding, kind
-        )
-    _collect_rows(found, block, gz, (by_scale, by_shift), counts, names)
-
-
-def _collect_rows(
-    found: dict[str, Tensor],
-    block: Block,
-    gz: Tensor,
-    rows: Sequence[Tensor],
-    counts: list[int],
-    names: Sequence[str] | None = None,
-) -> None:
-    """The vectors of a block: its bias, and its norm's two from (N, channels) each."""
-
-    def wanted(name: str) -> bool:
-        return names is None or name in names
-
-    if block.convolution.bias is not None and wanted(f"{block.name}.bias"):
-        if block.bias_counts:
-            by_bias = _segment_sum(gz.sum((2, 3)), counts)
-        else:  # exactly zero: the norm subtracts the bias again
-            by_bias = gz.new_zeros(len(counts), gz.shape[1])
-        found[f"{block.name}.bias"] = by_bias
-    if block.norm is None or block.norm.weight is None:
-        return
-    for kind, row in zip(("weight", "bias"), rows, strict=True):
-        if wanted(f"{block.norm_name}.{kind}"):
-            found[f"{block.norm_name}.{kind}"] = _segment_sum(row, counts)
-
-
-def _weight_grad_tangent(
-    x: tuple[Tensor | None, Tensor | None],
-    gz: tuple[Tensor, Tensor],
-    counts: list[int],
-    kernel: list[int],
-    padding: int,
-    algorithm: str,
-) -> Tensor:
-    """Of a weight gradient, from (value, tangent) of the layer's input and output's cotangent."""
-    assert x[0] is not None
-    found = conv.class_weight_grad(x[0], gz[1], counts, kernel, padding, algorithm)
-    if x[1] is not None:
-        found += conv.class_weight_grad(x[1], gz[0], counts, kernel, padding, algorithm)
-    return found
 
 
 def tangent(
@@ -328,10 +242,10 @@ def tangent(
         g_tangent += conv.class_input_grad(by_logits, turn, counts, [], 0, "auto")
     if by_parameters is not None:
         features = None if moved is None else moved.flatten(1)
-        by_parameters[f"{chain.head_name}.weight"] = _weight_grad_tangent(
+        by_parameters[f"{chain.head_name}.weight"] = weight_grad_tangent(
             (trace.features, features), (by_logits, by_logits_tangent), counts, [], 0, "auto"
         )
-        by_parameters[f"{chain.head_name}.bias"] = _segment_sum(by_logits_tangent, counts)
+        by_parameters[f"{chain.head_name}.bias"] = segment_sum(by_logits_tangent, counts)
 
     g_tangent = g_tangent.view(trace.by_pooled[-1].shape)
     if g_tangent.device.type == "cpu":
@@ -362,10 +276,10 @@ def tangent(
             x = trace.inputs[number], inputs[number]
             gz = trace.by_output[number], gz_tangent
             kernel = list(block.convolution.kernel_size)
-            by_parameters[f"{block.name}.weight"] = _weight_grad_tangent(
+            by_parameters[f"{block.name}.weight"] = weight_grad_tangent(
                 x, gz, counts, kernel, block.padding, kind
             )
-            _collect_rows(by_parameters, block, gz_tangent, rows, counts)
+            collect_rows(by_parameters, block, gz_tangent, rows, counts)
             inputs[number] = None
         g_tangent = conv.class_input_grad(
             gz_tangent, _weight(block), everything, size, block.padding, kind

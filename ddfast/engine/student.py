@@ -81,7 +81,7 @@ class Student:
                 f"algorithm: got {algorithm!r}, expected one of {', '.join(ALGORITHMS)}"
             )
         self.memory, self.path, self.algorithm = memory, path, algorithm
-        self.net = copy.deepcopy(net).requires_grad_(False)
+        self.net = net
         self.names = [name for name, _ in net.named_parameters()]
         self.shapes = [p.shape for p in net.parameters()]
         self.sizes = [shape.numel() for shape in self.shapes]
@@ -243,7 +243,7 @@ class Student:
         """The network with these parameters, and how images of this shape go through it."""
         work = self._copy
         if work is None or (work.theta.dtype, work.theta.device) != (theta.dtype, theta.device):
-            net = copy.deepcopy(self.net).to(theta.device, theta.dtype)
+            net = copy.deepcopy(self.net).to(theta.device, theta.dtype).requires_grad_(False)
             work = self._copy = _Copy(net, torch.empty_like(theta), {})
             for p, part in zip(net.parameters(), self._parts(work.theta), strict=True):
                 p.data = part

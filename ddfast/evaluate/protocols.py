@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ddfast.augment import DSA
 from ddfast.data import Dataset
 from ddfast.evaluate.dc_augmentation import dc_operations
-from ddfast.methods import idc
+from ddfast.methods import idc, rat_bptt
 from ddfast.methods.config import dsa_strategy as published_dsa_strategy
 
 __all__ = ["PROTOCOLS", "Protocol", "protocol", "steps_matched"]
@@ -320,10 +320,7 @@ def _ncfm(dataset: Dataset, given: str | None) -> Protocol:
 def _rat_bptt(dataset: Dataset, ipc: int, given: str | None, batch: int | None) -> Protocol:
     """RaT-BPTT's (Feng et al., ICLR 2024): so many steps of Adam."""
     batch = batch or Protocol("", 1).batch
-    strategy = given
-    if strategy is None:
-        mirrored = "flip" not in published_dsa_strategy(dataset).split("_")
-        strategy = "rotate" if mirrored else "flip_rotate"
+    strategy = rat_bptt.strategy(dataset) if given is None else given
     return Protocol(
         "rat_bptt",
         -(-STEPS_RAT_BPTT // math.ceil(ipc * dataset.num_classes / batch)),

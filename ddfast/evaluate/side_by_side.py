@@ -11,11 +11,21 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ddfast import nets
+from ddfast.augment import DSA
 from ddfast.evaluate.stacked import can_stack, stacked_logits
 
-__all__ = ["SideBySide", "evenly", "shared_out", "stack_size"]
+__all__ = [
+    "SGD",
+    "SideBySide",
+    "augmented",
+    "cross_entropies",
+    "evenly",
+    "shared_out",
+    "stack_size",
+]
 
 G = TypeVar("G")
 M = TypeVar("M")
@@ -83,6 +93,32 @@ class SideBySide:
             for net, *trained in zip(group, *self.leaves, strict=True):
                 for parameter, value in zip(net.parameters(), trained, strict=True):
                     parameter.copy_(value)
+
+
+class SGD:
+    """torch.optim.SGD of a vector of weights."""
+
+    def __init__(self, weights: Tensor, momentum: float, weight_decay: float) -> None:
+        self.weights, self.momentum, self.weight_decay = weights, momentum, weight_decay
+        self.velocity = torch.zeros_like(weights)
+
+    def step(self, gradient: Tensor, lr: float) -> None:
+        """Change the weights. The gradient is used up."""
+        gradient.add_(self.weights, alpha=self.weight_decay)
+        self.velocity.mul_(self.momentum).add_(gradient)
+        self.weights.add_(self.velocity, alpha=-lr)
+
+
+def augmented(dsa: DSA, x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:
+    """Images (K, n, channels, H, W), those of each network by a draw from its own generator."""
+    draws = [dsa.draw(each, x.shape[-2:], count=x.shape[1]) for each in generators]
+    return dsa(x.flatten(0, 1), torch.cat(draws, 1)).view(x.shape)
+
+
+def cross_entropies(logits: Tensor, targets: Tensor) -> Tensor:
+    """(K,): the mean of each network, from (K, n, classes) and the K * n targets in their order."""
+    losses = F.cross_entropy(logits.flatten(0, 1), targets, reduction="none")
+    return losses.view(logits.shape[:2]).mean(1)
 
 
 def stack_size(

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ddfast import nets
 from ddfast.augment import DSA
@@ -18,7 +17,15 @@ from ddfast.data import Dataset, normalise
 from ddfast.data.dataset import check_labels
 from ddfast.evaluate.dc_augmentation import dc_augment
 from ddfast.evaluate.protocols import Protocol
-from ddfast.evaluate.side_by_side import SideBySide, evenly, shared_out, stack_size
+from ddfast.evaluate.side_by_side import (
+    SGD,
+    SideBySide,
+    augmented,
+    cross_entropies,
+    evenly,
+    shared_out,
+    stack_size,
+)
 from ddfast.methods.dd import draw_weights, fixed_network, group_rows
 from ddfast.random import generator
 
@@ -250,7 +257,7 @@ def _train(
         _by_rates(protocol, weights, first, images, targets, dataset, group, count)
         weights.copy_to(group_nets)
         return [each.eval() for each in group_nets]
-    optimiser = _AdamW(protocol, flat) if protocol.optimiser == "adamw" else _SGD(protocol, flat)
+    optimiser = _optimiser(protocol, flat)
     lr = protocol.lr
     for epoch in range(protocol.passes):
         order = first + torch.stack([torch.randperm(count, generator=g) for g in orders])
@@ -265,10 +272,10 @@ def _train(
             x = augment(x.unflatten(0, where.shape))
             if protocol.cutmix:
                 x, partner, share = cutmix(x, mixing, protocol.cutmix)
-            predicted = weights.logits(x).flatten(0, 1)
-            losses = _losses(predicted, targets[where.flatten()], where)
+            predicted = weights.logits(x)
+            losses = cross_entropies(predicted, targets[where.flatten()])
             if protocol.cutmix:
-                others = _losses(predicted, targets[where.gather(1, partner).flatten()], where)
+                others = cross_entropies(predicted, targets[where.gather(1, partner).flatten()])
                 losses = share * losses + (1 - share) * others
             gradient = weights.gradient(losses)
             with torch.no_grad():
@@ -278,7 +285,7 @@ def _train(
         if protocol.decay(epoch) != 1:
             lr *= protocol.decay(epoch)
             if protocol.schedule == "dc":
-                optimiser = type(optimiser)(protocol, flat)
+                optimiser = _optimiser(protocol, flat)
         if on_progress is not None:
             on_progress(networks)
     weights.copy_to(group_nets)
@@ -302,26 +309,19 @@ def _by_rates(
         x = images[where.flatten()]
         if x.dtype == torch.uint8:
             x = normalise(x, dataset.mean, dataset.std, weights.flat.dtype)
-        predicted = weights.logits(x.unflatten(0, where.shape)).flatten(0, 1)
-        losses = _losses(predicted, targets[where.flatten()], where)
+        predicted = weights.logits(x.unflatten(0, where.shape))
+        losses = cross_entropies(predicted, targets[where.flatten()])
         gradient = weights.gradient(losses)
         with torch.no_grad():
             _check_losses(losses, group, number // protocol.groups, protocol)
             weights.flat.sub_(gradient, alpha=rate)
 
 
-class _SGD:
-    """torch.optim.SGD of a vector of weights."""
-
-    def __init__(self, protocol: Protocol, weights: Tensor) -> None:
-        self.protocol, self.weights = protocol, weights
-        self.momentum = torch.zeros_like(weights)
-
-    def step(self, gradient: Tensor, lr: float) -> None:
-        """Change the weights. The gradient is used up."""
-        gradient.add_(self.weights, alpha=self.protocol.weight_decay)
-        self.momentum.mul_(self.protocol.momentum).add_(gradient)
-        self.weights.add_(self.momentum, alpha=-lr)
+def _optimiser(protocol: Protocol, weights: Tensor) -> SGD | _AdamW:
+    """The protocol's, as new."""
+    if protocol.optimiser == "adamw":
+        return _AdamW(protocol, weights)
+    return SGD(weights, protocol.momentum, protocol.weight_decay)
 
 
 class _AdamW:
@@ -348,12 +348,7 @@ def _augmentation(
     """What is done to a batch `(networks, n, channels, H, W)`; a generator for each network."""
     if protocol.augmentation in ("dsa", "idc"):
         dsa = DSA(protocol.strategy, mode="S" if protocol.augmentation == "dsa" else "C")
-
-        def augment(x: Tensor) -> Tensor:
-            draws = [dsa.draw(each, x.shape[-2:], count=x.shape[1]) for each in generators]
-            return dsa(x.flatten(0, 1), torch.cat(draws, 1)).view(x.shape)
-
-        return augment
+        return lambda x: augmented(dsa, x, generators)
     if protocol.augmentation == "dc":
         return lambda x: torch.stack(
             [
@@ -362,11 +357,6 @@ def _augmentation(
             ]
         )
     return lambda x: x
-
-
-def _losses(logits: Tensor, targets: Tensor, where: Tensor) -> Tensor:
-    """Mean cross-entropy of each network; `where` has the shape (networks, n)."""
-    return F.cross_entropy(logits, targets, reduction="none").view(where.shape).mean(1)
 
 
 def _check_losses(total: Tensor, group: Sequence[_Member], epoch: int, protocol: Protocol) -> None:

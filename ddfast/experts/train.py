@@ -169,7 +169,8 @@ class _Run:
         first, written = 0, min(int(self.experts.written[k]) for k in numbers)
         if written and not self.config.mom:  # the parameters are all there is to go on from
             first = written - 1
-            group.load(torch.stack([self.snapshot(k, first) for k in numbers]).to(self.device))
+            begun = torch.stack([self.experts.snapshot(k, first) for k in numbers])
+            group.load(begun.to(self.device))
         else:
             self.keep(group, 0)
         for epoch in range(first, self.config.train_epochs):
@@ -190,9 +191,6 @@ class _Run:
                 self.bar.update(len(numbers))
             if epoch + 1 == self.config.train_epochs or self.due():
                 self.save(numbers, epoch + 1)
-
-    def snapshot(self, expert: int, epoch: int) -> Tensor:
-        return self.experts.snapshot(expert, epoch)
 
     def keep(self, group: Group, epoch: int) -> None:
         values = group.snapshots().cpu().numpy()

@@ -8,11 +8,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ddfast.augment import DSA
 from ddfast.data import Dataset, normalise
-from ddfast.evaluate.side_by_side import SideBySide
+from ddfast.evaluate.side_by_side import SGD, SideBySide, augmented, cross_entropies
 from ddfast.methods.config import DIGITS_MODEL, Task, convnet_of, dsa_strategy, setting
 from ddfast.random import generator
 
@@ -74,7 +73,7 @@ class Group:
     ) -> None:
         self.config, self.dataset = config, dataset
         self.numbers, self.weights = list(numbers), weights
-        self.velocity = torch.zeros_like(weights.flat)
+        self.optimiser = SGD(weights.flat, config.mom, config.l2)
         self.dsa = DSA(config.dsa_strategy)
 
     def snapshots(self) -> Tensor:
@@ -103,13 +102,8 @@ class Group:
         for begin in range(0, count, config.batch_train):
             where = orders[:, begin : begin + config.batch_train].to(images.device)
             x = normalise(images[where.flatten()], self.dataset.mean, self.dataset.std, total.dtype)
-            y = labels[where.flatten()]
-            if self.dsa.operations:
-                drawn = [
-                    self.dsa.draw(random, x.shape[-2:], count=where.shape[1]) for random in draws
-                ]
-                x = self.dsa(x, torch.cat(drawn, 1))
-            total += len(where[0]) / count * self.step(x.unflatten(0, where.shape), y, lr)
+            x = augmented(self.dsa, x.unflatten(0, where.shape), draws)
+            total += len(where[0]) / count * self.step(x, labels[where.flatten()], lr)
         return total
 
     def step(self, x: Tensor, y: Tensor, lr: float) -> Tensor:
@@ -118,17 +112,13 @@ class Group:
         with torch.no_grad():
             if self.config.optimiser == "gsam":
                 gradient = self.flat_direction(x, y, gradient)
-            gradient = gradient + self.config.l2 * self.weights.flat
-            self.velocity.mul_(self.config.mom).add_(gradient)
-            self.weights.flat.sub_(lr * self.velocity)
+            self.optimiser.step(gradient, lr)
         return losses
 
     def losses(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         """Mean cross-entropy of each expert, and all gradients."""
         with torch.enable_grad():
-            logits = self.weights.logits(x)
-            losses = F.cross_entropy(logits.flatten(0, 1), y, reduction="none")
-            losses = losses.view(logits.shape[:2]).mean(1)
+            losses = cross_entropies(self.weights.logits(x), y)
             return losses.detach(), self.weights.gradient(losses)
 
     def flat_direction(self, x: Tensor, y: Tensor, gradient: Tensor) -> Tensor:

@@ -114,8 +114,12 @@ class Config(bilevel.Config):
 
     def optimiser(self, tensors: Mapping[str, Tensor]) -> torch.optim.Optimizer:
         """Adam over everything."""
-        groups = [*self.parameter_groups(tensors), {"params": [tensors["lr"]], "lr": self.lr_img}]
+        groups = self.parameter_groups(tensors)
         return torch.optim.Adam(groups, self.lr_img, (self.momentum, SECOND_BETA))
+
+    def parameter_groups(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Any]]:
+        own = {"params": [tensors["lr"]], "lr": self.lr_img}
+        return [*super().parameter_groups(tensors), own]
 
     def distilled(
         self, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]
@@ -166,7 +170,7 @@ def step(run: Run) -> Tensor:
         for name, part in found.items():
             total[name] += part / config.sample_n_nets
         losses.append(loss)
-    fresh = config.optimiser(run.tensors).param_groups
+    fresh = config.parameter_groups(run.tensors)
     for group, first in zip(run.optimiser.param_groups, fresh, strict=True):
         group["lr"] = first["lr"] * DECAY ** (run.iteration // config.decay_iterations)
     return bilevel.update(run, total, torch.stack(losses).mean(), training)

@@ -35,7 +35,7 @@ from ddfast.augment import DSA
 from ddfast.data import Dataset
 from ddfast.methods import bilevel
 from ddfast.methods.bilevel import Training
-from ddfast.methods.config import setting
+from ddfast.methods.config import dsa_strategy, setting
 from ddfast.methods.published_trajectories import nearest
 from ddfast.methods.run import Decoded, Run
 from ddfast.unroll import Adam
@@ -84,6 +84,11 @@ MOST_OVER_MEAN = 2.0
 ABOVE_ZERO = 1e-6  # torch.nn.utils.clip_grad_norm_'s
 
 
+def strategy(dataset: Dataset) -> str:
+    """The published augmentation; without flip for digits, which mirrored are something else."""
+    return "flip_rotate" if "flip" in dsa_strategy(dataset).split("_") else "rotate"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Config(bilevel.Config):
     """Settings of RaT-BPTT, by default the official script's."""
@@ -124,7 +129,6 @@ class Config(bilevel.Config):
         95.0).
         """
         digits = dataset.name == "digits"
-        mirrored = dataset.name in ("MNIST", "SVHN", "digits")
         found: dict[str, Any] = dict(nearest(PUBLISHED, dataset, self.ipc))
         batch = self.batch_real or found["batch_real"]
         found["iterations"] = bilevel.passes(len(dataset.train_labels), batch, EPOCHS)
@@ -135,7 +139,7 @@ class Config(bilevel.Config):
             **super().published(dataset),
             "inner_lr": 1e-3,
             "init": "noise",
-            "dsa_strategy": "rotate" if mirrored else "flip_rotate",
+            "dsa_strategy": strategy(dataset),
             **found,
             "lr_y": self.lr_img or found["lr_img"],
             "task_sampler_nc": min(found["task_sampler_nc"] or classes, classes),

@@ -9,9 +9,10 @@ every step and the activations of a part of one step, however many steps there a
 
 from __future__ import annotations
 
+from ddfast.unroll.arguments import ADJOINTS
 from ddfast.unroll.memory import estimate_memory, fitting
 from ddfast.unroll.optimisers import SGD, Adam, Optimiser
-from ddfast.unroll.reverse import ADJOINTS, final_parameters, unroll
+from ddfast.unroll.reverse import final_parameters, unroll
 
 __all__ = [
     "ADJOINTS",

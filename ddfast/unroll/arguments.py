@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+ADJOINTS = ("exact", "frozen", "graph")
 SOFT = ("probabilities", "logits")
 
 
@@ -52,6 +53,11 @@ def check_arguments(
                 "start: requires a gradient, and a window shorter than the steps cuts it off"
             )
     return _rate(lr, len(batches), start)
+
+
+def of_step(lr: Tensor, number: int) -> Tensor:
+    """The learning rate of a step, of one for all or one for each."""
+    return lr[number] if lr.dim() else lr
 
 
 def _check_labels(labels: Tensor, images: Tensor, soft: str) -> None:

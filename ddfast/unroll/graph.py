@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy, log_softmax
 
+from ddfast.unroll.arguments import of_step
 from ddfast.unroll.optimisers import Optimiser
 
 
@@ -29,7 +30,7 @@ def final_parameters(
     state = optimiser.begin(start)
     outside = torch.is_grad_enabled()
     for number, rows in enumerate(batches):
-        rate = lr[number] if lr.dim() else lr
+        rate = of_step(lr, number)
         graph = outside and number >= first
         with torch.set_grad_enabled(graph):
             x = images[rows] if augment is None else augment(images[rows], number)

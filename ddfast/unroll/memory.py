@@ -11,6 +11,7 @@ from torch import nn
 from ddfast.engine.chain import recognise
 from ddfast.engine.gradients import plan
 from ddfast.memory import FIRST_ORDER, SECOND_ORDER, activation_bytes, in_words
+from ddfast.unroll.arguments import ADJOINTS
 from ddfast.unroll.history import HISTORIES, spacing
 from ddfast.unroll.optimisers import SGD, Optimiser
 
@@ -58,8 +59,8 @@ def estimate_memory(
     Raises:
         ValueError: an unknown adjoint or history.
     """
-    if adjoint not in ("exact", "frozen", "graph"):
-        raise ValueError(f"adjoint: got {adjoint!r}, expected exact, frozen or graph")
+    if adjoint not in ADJOINTS:
+        raise ValueError(f"adjoint: got {adjoint!r}, expected one of {', '.join(ADJOINTS)}")
     if history not in HISTORIES:
         raise ValueError(f"history: got {history!r}, expected one of {', '.join(HISTORIES)}")
     parameter = next(net.parameters())
@@ -102,8 +103,7 @@ def _history_bytes(
     records = optimiser.vectors(learns_lr) * steps
     if history == "checkpoints":
         every = spacing(steps)
-        state = {True: 2, False: 1}[bool(getattr(optimiser, "momentum", 1.0))]
-        state = 3 if optimiser.vectors(learns_lr) == 4 else state
+        state = len(optimiser.begin(torch.empty(0)))
         records = state * -(-steps // every) + optimiser.vectors(learns_lr) * every
     return records * vector
 

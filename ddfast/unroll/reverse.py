@@ -24,11 +24,10 @@ from torch import Tensor, nn
 from ddfast.engine import Student
 from ddfast.ops.registry import refuse_transforms
 from ddfast.unroll import graph
-from ddfast.unroll.arguments import check_arguments
-from ddfast.unroll.history import Checkpoints, Kept
+from ddfast.unroll.arguments import ADJOINTS, check_arguments, of_step
+from ddfast.unroll.history import HISTORIES, Checkpoints, Kept
 from ddfast.unroll.optimisers import SGD, Optimiser, State
 
-ADJOINTS = ("exact", "frozen", "graph")
 _PLAIN = SGD()
 
 Augment = Callable[[Tensor, int], Tensor]
@@ -128,7 +127,7 @@ def final_parameters(
     lr = check_arguments(net, start, images, labels, lr, batches, soft, window)
     for name, value, known in (
         ("adjoint", adjoint, ADJOINTS),
-        ("history", history, ("device", "host", "checkpoints")),
+        ("history", history, HISTORIES),
     ):
         if value not in known:
             raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(known)}")
@@ -226,7 +225,7 @@ def _step(
     """(what the reverse of the step needs, the state after it)."""
     x, y = plan.images_of(images, number), plan.labels_of(labels, number)
     _, gradient = plan.student.gradient(state[0], x, y)
-    after = plan.optimiser.step(state, gradient, _of_step(lr, number), number)
+    after = plan.optimiser.step(state, gradient, of_step(lr, number), number)
     return plan.optimiser.record(state, gradient, after, learns_lr), after
 
 
@@ -248,7 +247,7 @@ def _reverse(
         return _step(plan, state, images, labels, lr, number, needed[3])
 
     for number, record in history.reverse(images.device, redo):
-        rate = _of_step(lr, number)
+        rate = of_step(lr, number)
         pulled = plan.optimiser.pull(adjoint, record, rate, number)
         adjoint = pulled.adjoint
         rows = plan.batches[number]
@@ -279,10 +278,6 @@ def _reverse(
             moved = adjoint[0] + pulled.factor * found.by_parameters
             adjoint = moved, *adjoint[1:]
     return adjoint[0], by_images, by_labels, by_lr
-
-
-def _of_step(lr: Tensor, number: int) -> Tensor:
-    return lr[number] if lr.dim() else lr
 
 
 def _through(output: Tensor, leaf: Tensor, by_output: Tensor) -> Tensor:
