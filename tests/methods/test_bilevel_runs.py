@@ -21,11 +21,9 @@ from ddfast.random import generator
 from tests.methods.test_bilevel import ALL, MODEL, settings_of
 
 
-@pytest.fixture(scope="module")
-def dataset():
-    from tests.methods.conftest import _dataset
-
-    return _dataset([5, 6, 7])
+@pytest.fixture
+def dataset(make_dataset):
+    return make_dataset([5, 6, 7])
 
 
 @pytest.mark.parametrize("method", ALL)
