@@ -239,8 +239,9 @@ def test_distill_and_evaluate_in_one(tmp_path, monkeypatch, capsys) -> None:
 def test_methods_lists_every_method(capsys) -> None:
     assert main(["methods"]) == 0
     said = capsys.readouterr().out
+    width = max(map(len, methods.methods())) + 1
     for method in methods.methods().values():
-        assert f"{method.name:6}{method.title}" in said
+        assert f"{method.name:{width}}{method.title}\n" in said
         assert method.matches in said
         assert method.status in said
 
