@@ -127,13 +127,12 @@ def cuda_commands(nvcc: str, cxx: list[str], folder: Path, target: Path) -> list
     ]
     common = ["-std=c++17", "-O3", "-DNDEBUG"]
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    host = ["-ccbin", cxx[0]]
+    device = [nvcc, "-ccbin", cxx[0], *architectures, "--threads=2", "-Xcompiler=-fPIC"]
+    module_flags = [*cxx, "-fPIC", "-fvisibility=hidden", *includes]
     return [
-        [nvcc, *common, *host, *architectures, "--threads=2", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-        + ["-c", str(source / "conv_kernel.cu"), "-o", str(kernels)],
-        [*cxx, *common, "-fPIC", "-fvisibility=hidden", *includes]
-        + ["-c", str(source / "module.cpp"), "-o", str(module)],
-        [nvcc, *host, "-shared", "-cudart=static", str(kernels), str(module), "-o", str(target)],
+        [*device, *common, "-c", str(source / "conv_kernel.cu"), "-o", str(kernels)],
+        [*module_flags, *common, "-c", str(source / "module.cpp"), "-o", str(module)],
+        [*device, "-shared", "-cudart=static", str(kernels), str(module), "-o", str(target)],
     ]
 
 

@@ -83,6 +83,11 @@ def _reference(x: Tensor, y: Tensor | None, *network: Any) -> Tensor:
     return reference.conv_kernel(*_wide(x, y), *network)
 
 
+def _cuda(kernels: Any, x: Tensor, y: Tensor | None, *network: Any) -> Any:
+    check(x, y, *network)
+    return kernels.conv_kernel(*_wide(x, y), *network)
+
+
 def _fake(x: Tensor, y: Tensor | None, *network: Any) -> Tensor:
     check(x, y, *network)
     wide, _ = _wide(x, y)
@@ -94,8 +99,9 @@ conv_kernel = declare(
     "float bias_var) -> Tensor",
     reference=_reference,
     cpu=None,
-    cuda=None,
+    cuda=_cuda,
     fake=_fake,
+    kernels="conv_kernel",
 )
 
 
@@ -141,6 +147,13 @@ def _bwd_reference(
     return _as_inputs(found, x, y)
 
 
+def _bwd_cuda(
+    kernels: Any, grad: Tensor, x: Tensor, y: Tensor | None, *arguments: Any
+) -> tuple[Tensor, Tensor]:
+    _bwd_check(grad, x, y, *arguments[:5])
+    return _as_inputs(kernels.conv_kernel_bwd(grad, *_wide(x, y), *arguments), x, y)
+
+
 def _bwd_fake(grad: Tensor, x: Tensor, y: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
     *network, by_x, by_y = arguments
     _bwd_check(grad, x, y, *network)
@@ -153,7 +166,8 @@ conv_kernel_bwd = declare(
     "float weight_var, float bias_var, bool by_x, bool by_y) -> (Tensor dx, Tensor dy)",
     reference=_bwd_reference,
     cpu=None,
-    cuda=None,
+    cuda=_bwd_cuda,
     fake=_bwd_fake,
+    kernels="conv_kernel",
 )
 end_of_chain("conv_kernel_bwd", "the second derivative of conv_kernel is not implemented")
