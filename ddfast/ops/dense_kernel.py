@@ -188,9 +188,7 @@ def _bwd_cpu(
     out = [empty(t.numel(), dtype).view(t.shape) for t in _needed(x, y, need_x, need_y)]
     by_x, by_y = out[0] if need_x else None, out[-1] if need_y else None
     grad, gram = grad.to(dtype).contiguous(), gram.contiguous()
-    _call_compiled(
-        compiled, x, y, kind, depth, weight_var, bias_var, gram, None, grad, by_x, by_y
-    )
+    _call_compiled(compiled, x, y, kind, depth, weight_var, bias_var, gram, None, grad, by_x, by_y)
     return out
 
 

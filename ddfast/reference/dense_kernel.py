@@ -1,8 +1,8 @@
 """The definition of `dense_kernel`, in plain torch.
 
 Source: the arc-cosine kernels of Cho and Saul, NeurIPS 2009; the neural tangent kernel of Jacot et
-al., NeurIPS 2018, for networks Dense, then `depth` times ReLU and Dense, in NTK parametrisation with
-weights of variance `weight_var` / fan-in and biases of variance `bias_var`. With q = K(x, x) and
+al., NeurIPS 2018, for networks of Dense, then `depth` times ReLU and Dense, in NTK parametrisation:
+weights of variance `weight_var` / fan-in, biases of variance `bias_var`. With q = K(x, x) and
 p = sqrt(q(x) q(y)),
 
     K = weight_var <x, y> / d + bias_var,  T = K                   the first Dense layer
