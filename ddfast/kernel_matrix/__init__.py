@@ -1,0 +1,7 @@
+"""Kernel matrices of infinitely wide networks, and of the features of random ones."""
+
+from __future__ import annotations
+
+from ddfast.kernel_matrix.empirical import empirical_nngp
+
+__all__ = ["empirical_nngp"]
