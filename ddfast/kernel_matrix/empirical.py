@@ -21,13 +21,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ddfast.engine import features, images_at_once
+from ddfast.engine import Features, features, images_at_once
 from ddfast.memory import DEFAULT, parse_memory
 from ddfast.nets import has_batchnorm
 from ddfast.ops.registry import refuse_forward_mode, refuse_transforms
@@ -66,15 +66,15 @@ def empirical_nngp(
     """Kernel matrices of support images `x` with themselves and of target images `y` with x.
 
     Differentiable in x, once; a gradient with `create_graph=True` raises NotImplementedError. The
-    memory does not depend on `count`, beyond the target features if they fit (see `memory`).
+    memory does not depend on `count`, beyond what is kept because it fits (see `memory`).
 
     Args:
         x: (n, channels, H, W), float32 or float64, as the networks.
         y: (m, channels, H, W), as x; constant.
         network: makes network number 0 .. count - 1, with a method `embed`, in the mode in which
-            its features are taken; constant. Each is made once more in the backward pass and must
-            then be the same. It may be one module whose weights are drawn anew, for a network is
-            done with before the next one is asked for.
+            its features are taken; constant. Each is asked for once more in the backward pass and
+            must then be the same. It may be one module whose weights are drawn anew, for a network
+            is done with before the next one is asked for.
         count: M.
         weight_var, bias_var: see above; the variances with which the networks were drawn, and of
             the last layer.
@@ -82,9 +82,10 @@ def empirical_nngp(
         precision: None for features in the dtype of x. "bfloat16" for a copy of the network in
             bfloat16, faster on GPUs and for networks that no fused operator serves; products and
             sums stay in float32, without which the gradient would be noise.
-        memory: bytes, or words such as "8GiB"; None: 1 GiB. Half of it is for activations; features
-            are kept for the backward pass if those of all networks fit into the other half, else
-            computed again, which changes no bits.
+        memory: bytes, or words such as "8GiB"; None: 1 GiB. A third of it is for the images that
+            go through a network together. Kept for the backward pass are all features if they fit
+            into a third, and of a single network the activations of x if they do (its weights
+            must then stay as they are until then); else they are computed again.
 
     Returns:
         (n, n), symmetric, and (m, n), in the dtype of x.
@@ -102,7 +103,7 @@ def empirical_nngp(
         float(bias_var),
         normalise,
         precision,
-        budget // 2,
+        budget // 3,
     )
     k_ss, k_ts = _apart(x, plan)
     return k_ss, k_ts
@@ -135,17 +136,27 @@ class _EmpiricalNNGP(torch.autograd.Function):
         return _backward(x, ctx.plan, ctx.kept, *gradients), None
 
 
-Kept = list[tuple[Tensor, Tensor]]
+@dataclass
+class _Kept:
+    """What the forward pass leaves behind of each network, as far as it fits."""
+
+    of_x: list[Tensor] = field(default_factory=list)
+    of_y: list[Tensor] = field(default_factory=list)
+    single: tuple[nn.Module, Features] | None = None  # if there is but one network
 
 
-def _forward(x: Tensor, plan: _Plan, keep: bool) -> tuple[Tensor, Tensor, Kept]:
+def _forward(x: Tensor, plan: _Plan, keep: bool) -> tuple[Tensor, Tensor, _Kept]:
     """The kernel matrices, and each network's features if they are wanted and fit."""
     k_ss = x.new_zeros(len(x), len(x))
     k_ts = x.new_zeros(len(plan.y), len(x))
-    kept: Kept = []
+    kept = _Kept()
     for number in range(plan.count):
         net = _network(plan, number, x)
-        of_x = torch.cat([each for _, each in _features(net, x, plan)])
+        if keep and plan.count == 1 and len(x) <= _at_once(net, x, plan, keep=True):
+            kept.single = net, features(net, _as_network(net, x), keep=True)
+            of_x = kept.single[1].features
+        else:
+            of_x = torch.cat([each for _, each in _features(net, x, plan)])
         width = of_x.shape[1]
         need = plan.count * (len(x) + len(plan.y)) * width * of_x.element_size()
         fits = keep and need <= plan.memory
@@ -158,12 +169,13 @@ def _forward(x: Tensor, plan: _Plan, keep: bool) -> tuple[Tensor, Tensor, Kept]:
             if fits:
                 pieces.append(of_y)
         if fits:
-            kept.append((of_x, torch.cat(pieces)))
+            kept.of_x.append(of_x)
+            kept.of_y.append(torch.cat(pieces))
     return (k_ss + k_ss.mT) / 2 + plan.bias_var, k_ts + plan.bias_var, kept
 
 
 def _backward(
-    x: Tensor, plan: _Plan, kept: Kept, by_ss: Tensor | None, by_ts: Tensor | None
+    x: Tensor, plan: _Plan, kept: _Kept, by_ss: Tensor | None, by_ts: Tensor | None
 ) -> Tensor | None:
     """The gradient of the support images."""
     if by_ss is None and by_ts is None:
@@ -171,28 +183,27 @@ def _backward(
     by_x = torch.zeros_like(x, memory_format=torch.contiguous_format)
     sides = None if by_ss is None else by_ss + by_ss.mT
     for number in range(plan.count):
-        net = _network(plan, number, x)
-        most = _at_once(net, x, plan, keep=True)
-        of_x = kept[number][0] if kept else None
-        if of_x is None:
+        net, trace = kept.single or (_network(plan, number, x), None)
+        if kept.of_x:
+            of_x, of_y = kept.of_x[number], iter([(slice(None), kept.of_y[number])])
+        else:
             of_x = torch.cat([each for _, each in _features(net, x, plan)])
+            of_y = _features(net, plan.y, plan)
         cotangent = x.new_zeros(of_x.shape)
         if sides is not None:
             cotangent.addmm_(sides, of_x.to(x.dtype))
         if by_ts is not None:
-            of_y = _kept_pieces(kept[number][1]) if kept else _features(net, plan.y, plan)
             for here, each in of_y:
                 cotangent.addmm_(by_ts[here].mT, each.to(x.dtype))
         cotangent *= _factor(plan, of_x.shape[1])
+        if trace is not None:
+            return trace.backward(cotangent.to(of_x.dtype)).to(x.dtype)
+        most = _at_once(net, x, plan, keep=True)
         for begin in range(0, len(x), most):
             here = slice(begin, begin + most)
             trace = features(net, _as_network(net, x[here]), keep=True)
             by_x[here] += trace.backward(cotangent[here].to(trace.features.dtype)).to(x.dtype)
     return by_x
-
-
-def _kept_pieces(of_y: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    yield slice(None), of_y
 
 
 def _network(plan: _Plan, number: int, x: Tensor) -> nn.Module:

@@ -63,12 +63,13 @@ def loss_of(k_ss: Tensor, k_ts: Tensor) -> Tensor:
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("memory", ["1GiB", "60KiB"])
-def test_streamed_equals_one_graph(model, memory) -> None:
+@pytest.mark.parametrize("count", [1, 3])
+def test_streamed_equals_one_graph(model, memory, count) -> None:
     """Kept or computed again, in one piece or many: to 1e-12 of the largest number."""
     x, y = images(5, 1).requires_grad_(), images(90, 2)
-    expected = one_graph(x, y, drawing(model), 3)
+    expected = one_graph(x, y, drawing(model), count)
     (wanted,) = torch.autograd.grad(loss_of(*expected), x)
-    found = empirical_nngp(x, y, drawing(model), 3, memory=memory)
+    found = empirical_nngp(x, y, drawing(model), count, memory=memory)
     for ours, theirs in zip(found, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
     (gradient,) = torch.autograd.grad(loss_of(*found), x)
@@ -211,7 +212,7 @@ def test_inputs_are_left_alone() -> None:
         ({"weight_var": -1.0}, ValueError, r"weight_var: got -1\.0"),
         ({"bias_var": float("nan")}, ValueError, "bias_var: got nan"),
         ({"precision": "float16"}, ValueError, "precision: got 'float16'"),
-        ({"memory": "1KiB"}, ValueError, "memory: the budget of 512 bytes is too small"),
+        ({"memory": "1KiB"}, ValueError, "memory: the budget of 341 bytes is too small"),
     ],
 )
 def test_what_is_wrong_is_named(changes, error, message) -> None:
