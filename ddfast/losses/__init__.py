@@ -16,6 +16,7 @@ from ddfast.losses.discrepancy import mmd, mmd_and_gradient
 from ddfast.losses.dtypes import FLOATS
 from ddfast.losses.gradients import gradient_distance, gradient_distance_and_gradient
 from ddfast.losses.means import class_mean, class_mean_distance
+from ddfast.losses.regression import krr_loss, krr_predict, label_solve
 from ddfast.losses.trajectories import trajectory_distance
 
 __all__ = [
@@ -28,6 +29,9 @@ __all__ = [
     "class_mean_distance",
     "gradient_distance",
     "gradient_distance_and_gradient",
+    "krr_loss",
+    "krr_predict",
+    "label_solve",
     "mmd",
     "mmd_and_gradient",
     "trajectory_distance",

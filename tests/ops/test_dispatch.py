@@ -26,6 +26,7 @@ import ddfast
 import ddfast.ops.characteristic_function
 import ddfast.ops.class_weight_grad
 import ddfast.ops.first_block
+import ddfast.ops.krr
 import ddfast.ops.mmd
 import ddfast.ops.multi_formation
 import ddfast.ops.trajectory
@@ -97,5 +98,6 @@ def test_the_cuda_key_hands_over_to_triton():
     pytest.importorskip("triton", reason="triton is not installed")
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    # Closed forms, and a selection, without a kernel of their own: the reference answers.
-    assert done.stdout.split("\n")[0] == "['class_mean_bwd', 'mmd_bandwidth']"
+    # Closed forms, LAPACK's work, and a selection, without a kernel of their own: the reference answers.
+    own = "['class_mean_bwd', 'krr', 'krr_bwd', 'mmd_bandwidth']"
+    assert done.stdout.split("\n")[0] == own
