@@ -91,7 +91,8 @@ def arc_cosine(k: Tensor, p: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
     a = angle(k, p, same)
     # In terms of the angle, so that what is singular in the derivative cancels before it is added.
     order1 = p * (a.sin() + (math.pi - a) * a.cos()) / math.pi
-    return torch.where(same, k, order1), 1 - a / math.pi
+    # A row of zeros without a bias counts as equal to any other.
+    return torch.where(same | (p == 0), k, order1), 1 - a / math.pi
 
 
 def dense_kernel(
