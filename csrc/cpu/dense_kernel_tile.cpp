@@ -200,7 +200,8 @@ void dense_ranges(const dense_network<T> &f, const dense_rows<T> &rows, int64_t 
   for (int64_t l = 0; l < f.depth; ++l)
     for (int64_t i = 0; i < count; ++i) {
       const T q = rows.q[l * rows.step + i];
-      exact[l] = exact[l] && !(q > most_exact<T>) && !(q < least_exact<T> && q != 0);
+      // What is not finite spoils no other row.
+      exact[l] = exact[l] && !(q > most_exact<T> && q - q == 0) && !(q < least_exact<T> && q != 0);
     }
 }
 

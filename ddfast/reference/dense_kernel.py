@@ -34,7 +34,7 @@ def common_dtype(x: Tensor, y: Tensor | None) -> torch.dtype:
 
 
 def symmetric(k: Tensor) -> Tensor:
-    """The lower triangle, mirrored: a product of a matrix with itself need not be symmetric."""
+    """The lower triangle, mirrored: rounding need not be, in products and in torch's sines."""
     return k.tril() + k.tril(-1).mT
 
 
@@ -117,7 +117,8 @@ def dense_kernel(
         k = 0.5 * weight_var * order1 + bias_var
         qx, qy = (0.5 * weight_var * q + bias_var for q in (qx, qy))
         tangent = k + 0.5 * weight_var * order0 * tangent
-    return tangent if kind == "ntk" else k
+    result = tangent if kind == "ntk" else k
+    return symmetric(result) if y is None else result
 
 
 def dense_kernel_bwd(

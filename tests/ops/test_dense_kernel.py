@@ -209,9 +209,7 @@ def test_the_closed_form_is_the_derivative_of_the_definition(kind, depth, other)
         network = (kind, depth, weight_var, bias_var)
         value = reference.dense_kernel(x, y if other else None, *network)
         grad = cotangent(value.shape, value.dtype)
-        by_hand = reference.dense_kernel_bwd(
-            grad, x, y if other else None, *network, True, other
-        )
+        by_hand = reference.dense_kernel_bwd(grad, x, y if other else None, *network, True, other)
         torch.testing.assert_close(
             by_hand, list(torch.autograd.grad(value, leaves, grad)), rtol=1e-12, atol=1e-14
         )
@@ -265,7 +263,9 @@ def test_the_gradient_of_a_gradient_is_refused(backend, compiled):
         outer = torch.compile(outer, backend="aot_eager", fullgraph=True)
     with (
         ddfast.use_backend(backend),
-        torch._dynamo.config.patch(trace_autograd_ops=True) if compiled else contextlib.nullcontext(),
+        torch._dynamo.config.patch(trace_autograd_ops=True)
+        if compiled
+        else contextlib.nullcontext(),
         pytest.raises(Exception, match="second derivative of dense_kernel is not implemented"),
     ):
         torch.autograd.grad(outer(x, y, net), net)
