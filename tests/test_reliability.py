@@ -14,6 +14,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +22,7 @@ from types import FrameType
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from ddfast.artefact import Artefact
 from ddfast.data import generated
@@ -94,6 +96,9 @@ def helper(place: Path, method: str, seed: int) -> dict[str, Any]:
     """Kill runs until there were enough kills of both kinds; each run then ends in peace."""
     chance = random.Random(seed)
     torch.set_num_threads(1)  # a process with threads cannot be forked
+    tqdm.monitor_interval = 0
+    # tqdm's own lock is shared with forked processes: one killed while it holds it stops them all.
+    tqdm.set_lock(threading.RLock())
     counter = Lines(None)
     sys.settrace(counter)
     run(place / "whole", method)  # here, so that the children find all of torch imported

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,12 @@ class Log:
         self._flushed = time.monotonic()
 
     def write(self, **values: Any) -> None:
-        self._file.write(json.dumps(values).encode() + b"\n")
+        """A line of these values; numbers that are not finite, which JSON lacks, are null."""
+        finite = {
+            name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in values.items()
+        }
+        self._file.write(json.dumps(finite, allow_nan=False).encode() + b"\n")
         if time.monotonic() - self._flushed > SECONDS_BETWEEN_FLUSHES:
             self.flush()
 

@@ -203,6 +203,8 @@ class _Loop:
         try:
             losses = self.method.step(run)
         except BaseException as error:
+            rolled_back = isinstance(error, Diverged) and error.rolled_back
+            good = self.artefact() if rolled_back else None
             restore(run, before)
             run.state = kept
             if isinstance(error, KeyboardInterrupt):
@@ -210,7 +212,7 @@ class _Loop:
             self.save()
             if not isinstance(error, Diverged):
                 raise
-            self.artefact().save(self.out / LAST_GOOD)
+            (good or self.artefact()).save(self.out / LAST_GOOD)
             raise Diverged(
                 f"{error}. The images after {run.iteration} iterations are in "
                 f"{self.out / LAST_GOOD}"

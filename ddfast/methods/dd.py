@@ -72,7 +72,7 @@ class Config(bilevel.Config):
         least=1,
     )
     distill_epochs: int = setting("how often the groups take turns", least=1)
-    distill_lr: float = setting("step sizes at first (0.02; 0.001 for CIFAR)", above=0)
+    distill_lr: float = setting("step sizes at first (0.02; 0.001 for CIFAR)", above=0, below=1e6)
     init_net: Literal["random", "fixed"] = setting("the network's weights at first", "random")
     init_weights: Literal["xavier", "default"] = setting(
         "how they are drawn: normal by Glorot with zero biases, or torch's default", "xavier"

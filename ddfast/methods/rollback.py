@@ -139,11 +139,13 @@ def _count(run: Run, what: str) -> None:
     _write(run, mean, rollbacks, 1, above)
     if rollbacks >= MOST:
         config: Any = run.config
-        raise Diverged(
+        error = Diverged(
             f"{what} at iteration {run.iteration}, the {MOST}th time that the run had to be rolled "
             f"back without an update in between that held; smaller lr_img and lr_lr (now "
             f"{config.lr_img:g} and {config.lr_lr:g}) or a smaller lr_teacher may help"
         )
+        error.rolled_back = True
+        raise error
     run.say(
         f"iteration {run.iteration}: {what}; rolled back to the last good state "
         f"({rollbacks:.0f} of {MOST} times)"

@@ -23,7 +23,14 @@ OPTIMISER = "optimiser."
 
 
 class Diverged(RuntimeError):
-    """A loss or an image is no longer finite; the message says when, and of which class."""
+    """A loss or an image is no longer finite; the message says when, and of which class.
+
+    Attributes:
+        rolled_back: whether the run was left in a state that is good, in place of the one that it
+            had before the step, which may be what led here.
+    """
+
+    rolled_back = False
 
 
 class Interrupted(KeyboardInterrupt):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ddfast import methods
+from ddfast.data import generated
 from ddfast.methods import Diverged, bilevel, dd, linba, rat_bptt
 from ddfast.random import generator
 from tests.methods.test_bilevel import settings_of
@@ -122,6 +123,7 @@ def test_noise_of_unit_norm_and_labels_that_stay_above_zero(make_run, dataset):
             "images_per_class_per_step: got 3, with 2 distill_steps for 6 .* expected ipc, 4",
         ),
         ("linba", {"model": "ConvNetD1W4BN"}, "batch normalisation"),
+        ("dd", {"distill_lr": 1e39}, "distill_lr: got 1e[+]39, expected less than 1000000"),
         ("linba", {"clip": 0.0}, "clip: got 0.0, expected more than 0"),
     ],
 )
@@ -143,3 +145,36 @@ def test_a_failed_step_leaves_no_trace_of_its_norm(make_run, dataset):
     with pytest.raises(Diverged, match=r"iteration 0, after [3-6] steps of the student; a smaller"):
         rat_bptt.step(run)
     assert run.state == {}
+
+
+@pytest.mark.parametrize(
+    ("method", "ipc", "wanted"),
+    [
+        ("dd", 1, {"distill_steps": 1, "distill_epochs": 3, "distill_lr": 0.02, "lr_img": 0.01}),
+        ("dd", 10, {"distill_steps": 10, "init": "noise", "batch_real": 1024, "momentum": 0.5}),
+        ("linba", 1, {"inner_steps": 150, "inner_lr": 0.01, "lr_img": 0.1, "clip": 2.0}),
+        ("linba", 1, {"shared": 16, "base_scale": 2, "iterations": 500_000, "momentum": 0.5}),
+        ("rat_bptt", 10, {"window": 60, "totwindow": 200, "lr_img": 1e-3, "batch_real": 5000}),
+        ("rat_bptt", 10, {"inner_lr": 1e-3, "cctype": "random", "learn_labels": False}),
+    ],
+)
+def test_published_settings(method, ipc, wanted):
+    """Of ten classes at 32x32, which take CIFAR-10's."""
+    data = generated(classes=10, size=32, train_per_class=10, test_per_class=1)
+    config = methods.resolve(methods.find(method).config(ipc=ipc), data)
+    assert {name: getattr(config, name) for name in wanted} == wanted
+
+
+@pytest.mark.parametrize(
+    ("classes", "size", "ipc", "wanted"),
+    [
+        (100, 32, 1, {"window": 90, "totwindow": 130, "lr_img": 3e-4, "learn_labels": True}),
+        (100, 32, 10, {"window": 100, "totwindow": 300, "lr_img": 1e-3, "learn_labels": True}),
+        (200, 64, 10, {"window": 100, "task_sampler_nc": 50, "batch_real": 1000}),
+        (1000, 64, 1, {"window": 80, "totwindow": 280, "lr_img": 3e-4, "batch_real": 1500}),
+    ],
+)
+def test_rat_bptt_settings_of_larger_sets(classes, size, ipc, wanted):
+    data = generated(classes=classes, size=size, train_per_class=1, test_per_class=1)
+    config = methods.resolve(rat_bptt.Config(ipc=ipc), data)
+    assert {name: getattr(config, name) for name in wanted} == wanted

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ddfast.artefact import Artefact
 from ddfast.distill import distill
 from ddfast.experts.file import EXPERTS, mapped
 from ddfast.methods import Diverged, Run, find, ftd, mtt, rollback, trajectory_matching
@@ -220,3 +222,33 @@ def test_experts_that_are_not_finite_end_a_run_with_advice(
     config = find("mtt").config(experts=str(folder), iterations=40, **SETTINGS)
     with pytest.raises(Diverged, match=r"at iteration 19, the 20th time .*last_good"):
         distill("mtt", dataset, config, tmp_path / "run", progress=False)
+
+
+def test_what_is_kept_of_a_run_that_ends_is_its_last_good_state(
+    make_dataset, make_experts, tmp_path, monkeypatch
+) -> None:
+    """Every update leads from a good state to a bad one, also the one before the last roll-back."""
+    dataset = make_dataset([7, 6, 9])
+    found, seen = trajectory_matching.gradients, []
+
+    def going_bad(run, *arguments):
+        losses, gradients = found(run, *arguments)
+        seen.append(run.images.detach().clone())
+        return losses * 0 + (math.nan if len(seen) % 2 == 0 else 0.5), gradients
+
+    monkeypatch.setattr(trajectory_matching, "gradients", going_bad)
+    config = find("mtt").config(
+        experts=str(make_experts(dataset, MODEL)), iterations=99, **SETTINGS
+    )
+    with pytest.raises(Diverged, match="the 20th time"):
+        distill("mtt", dataset, config, tmp_path / "run", progress=False)
+    assert not torch.equal(seen[-1], seen[0])
+    kept = Artefact.load(tmp_path / "run" / "last_good.safetensors").images
+    assert torch.equal(kept, seen[0])
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(constant)
+
+    lines = (tmp_path / "run" / "log.jsonl").read_text().splitlines()
+    losses = [json.loads(line, parse_constant=refuse)["loss"] for line in lines]
+    assert losses[:4] == [0.5, None, 0.5, None]
