@@ -98,7 +98,6 @@ def test_the_cuda_key_hands_over_to_triton():
     pytest.importorskip("triton", reason="triton is not installed")
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    # Without a kernel of their own, so that the reference answers: closed forms, LAPACK's work
-    # and a selection.
+    # The reference answers: closed forms, LAPACK's work and a selection, without kernels of ours.
     own = "['class_mean_bwd', 'krr', 'krr_bwd', 'mmd_bandwidth']"
     assert done.stdout.split("\n")[0] == own
