@@ -329,6 +329,35 @@ std::array<double, 2> trajectory(int type, std::int64_t size, const std::array<s
   return squares;
 }
 
+// x, y: (data, type, row stride, rows); y empty: x itself. tensors: gram, out, grad, by_x, by_y.
+void dense_kernel(const std::vector<std::int64_t> &x, const std::vector<std::int64_t> &y, bool wide, std::int64_t width,
+                  bool ntk, std::int64_t depth, double weight_var, double bias_var,
+                  const std::array<std::uintptr_t, 5> &tensors, int threads) {
+  const auto rows = [](const std::vector<std::int64_t> &set) {
+    if (set.empty()) return ddfast::class_rows{};
+    return ddfast::class_rows{pointer(std::uintptr_t(set[0])), int(set[1]), 0, set[2], set[3], nullptr};
+  };
+  ddfast::dense_kernel_arguments arguments{rows(x),
+                                           rows(y),
+                                           wide,
+                                           width,
+                                           ntk,
+                                           depth,
+                                           weight_var,
+                                           bias_var,
+                                           pointer(tensors[0]),
+                                           pointer(tensors[1]),
+                                           pointer(tensors[2]),
+                                           pointer(tensors[3]),
+                                           pointer(tensors[4]),
+                                           nullptr,
+                                           threads};
+  py::gil_scoped_release release;
+  const ddfast::buffer scratch(std::size_t(active->dense_kernel_scratch(arguments)));
+  arguments.scratch = scratch.data();
+  active->dense_kernel(arguments);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -358,4 +387,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("mmd", &mmd);
   m.def("characteristic_function", &characteristic_function);
   m.def("trajectory", &trajectory);
+  m.def("dense_kernel", &dense_kernel);
 }

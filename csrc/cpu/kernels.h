@@ -201,6 +201,23 @@ struct trajectory_arguments {
   int threads;
 };
 
+// NNGP or NTK of a fully connected ReLU network for all pairs of rows of x and y (null: x itself), or
+// its gradient. Classes are not used.
+struct dense_kernel_arguments {
+  class_rows x, y;
+  int wide;  // computed and written in double, else in float
+  int64_t width;
+  bool ntk;
+  int64_t depth;  // ReLU layers
+  double weight_var, bias_var;
+  void *gram;        // n x m: the covariance behind the first layer; forward: null or written
+  void *out;         // forward: n x m
+  const void *grad;  // n x m: backward
+  void *by_x, *by_y;  // backward: n x width, m x width; null: not wanted
+  void *scratch;
+  int threads;
+};
+
 struct kernel_table {
   const char *level;
   // value = distance; out_syn, out_real = scale * its gradient
@@ -228,6 +245,8 @@ struct kernel_table {
   int64_t (*characteristic_function_scratch)(const characteristic_function_arguments &);
   void (*characteristic_function)(const characteristic_function_arguments &);
   void (*trajectory)(const trajectory_arguments &);
+  int64_t (*dense_kernel_scratch)(const dense_kernel_arguments &);
+  void (*dense_kernel)(const dense_kernel_arguments &);
 };
 
 // Defined once per level in table.cpp.

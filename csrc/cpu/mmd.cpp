@@ -29,7 +29,7 @@ template <typename T> struct mmd_work {
   mmd_kernel<T> *kernels;
   int32_t *met;  // of a round: the first block of each pair
 
-  mmd_work(const mmd_arguments &arguments, mmd_arena &memory) : plan(arguments, memory), x(arguments) {
+  mmd_work(const mmd_arguments &arguments, arena &memory) : plan(arguments, memory), x(arguments) {
     sums = memory.take<double>(x.classes * plan.pairs);
     row_sums = memory.take<double>(x.classes * (plan.n + plan.m));
     rates = memory.take<T>(x.classes * x.bandwidths);
@@ -83,8 +83,8 @@ template <typename T> struct mmd_work {
     const bool self = i == j;
     const weights w = weights_of(i, j);
     T *by_left = gradient_of(c, i), *by_right = self ? nullptr : gradient_of(c, j);
-    mmd_block<T> left{local.left, self ? local.transposed : nullptr, local.left_norms, plan.rows(i)};
-    mmd_block<T> right = left;
+    row_block<T> left{local.left, self ? local.transposed : nullptr, local.left_norms, plan.rows(i)};
+    row_block<T> right = left;
     plan.pack(c, i, distances(), local.line, left);
     if (!self) {
       right = {local.right, local.transposed, local.right_norms, plan.rows(j)};
@@ -93,7 +93,7 @@ template <typename T> struct mmd_work {
     plan.products(left, right, local.tile);
     mmd_tile<T> t{};
     t.products = local.tile;
-    t.step = plan.tile_step;
+    t.step = tile_step<T>;
     t.left = left;
     t.right = right;
     t.panels = plan.panel;
@@ -108,8 +108,8 @@ template <typename T> struct mmd_work {
     double sum = mmd_apply(t, kernels[c]);
     if (self && !x.unbiased) sum += diagonal(t, kernels[c]);
     sums[c * plan.pairs + pair_index(i, j)] = sum * w.value;
-    if (by_left) plan.add_rows(local.tile, left.count, right, local.edge, by_left);
-    if (by_right) plan.add_columns(local.tile, left, right.count, local.edge, by_right);
+    if (by_left) add_rows(plan.d, local.tile, left.count, right, local.edge, by_left);
+    if (by_right) add_columns(plan.d, plan.identity, local.tile, left, right.count, local.edge, by_right);
   }
 
   // The pairs of a row with itself, which have no rounding: K(0), or for the polynomial a factor of
@@ -149,7 +149,7 @@ template <typename T> struct mmd_work {
   }
 
   void run() const {
-    const int64_t classes = x.classes, blocks = plan.blocks, tiles = mmd_ceiling(plan.d, mmd_sum_columns);
+    const int64_t classes = x.classes, blocks = plan.blocks, tiles = ceiling(plan.d, mmd_sum_columns);
     for (int64_t c = 0; c < classes; ++c) kernels[c] = kernel_of(c);
     memset(row_sums, 0, size_t(classes * (plan.n + plan.m)) * sizeof(double));
 #ifdef _OPENMP
@@ -254,14 +254,14 @@ template <typename T> struct linear_work {
 };
 
 template <typename T> int64_t scratch_of(const mmd_arguments &x) {
-  mmd_arena memory{nullptr};
+  arena memory{nullptr};
   mmd_work<T> work(x, memory);
   return memory.used;
 }
 
 template <typename T> void run(const mmd_arguments &x) {
   if (x.kind == mmd_linear) return linear_work<T>{x}.run();
-  mmd_arena memory{static_cast<char *>(x.scratch)};
+  arena memory{static_cast<char *>(x.scratch)};
   mmd_work<T>(x, memory).run();
 }
 

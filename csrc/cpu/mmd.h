@@ -1,37 +1,12 @@
-// What the files of mmd share: packed blocks of rows, and what is done to a tile of pairs.
+// What the files of mmd share: what is done to a tile of pairs.
 #pragma once
 
-#include "common.h"
-#include "kernels.h"
+#include "row_blocks.h"
 
 namespace ddfast {
 namespace DDFAST_LEVEL {
 
-constexpr int64_t mmd_block_rows = 256;  // rows of a block; a tile of pairs and its rows fit the second cache
 constexpr int64_t mmd_sum_columns = 256;  // columns that are added up at once
-
-// How wide the panels of the matrix products are, and the vectors in them.
-struct mmd_panels {
-  int64_t panel, vector;
-  int64_t count(int64_t width) const { return (width + panel - 1) / panel; }
-  // Columns of a panel with the padding of its last vector.
-  int64_t columns(int64_t width, int64_t index) const {
-    const int64_t left = width - index * panel;
-    return left >= panel ? panel : (left + vector - 1) / vector * vector;
-  }
-};
-
-// A block of rows, less the centre. In `rows` [panel of columns][row][column], mmd_block_rows rows
-// apart; in `transposed` [panel of rows][column][row]. Paddings are zero.
-template <typename T> struct mmd_block {
-  T *rows, *transposed, *norms;
-  int64_t count;
-};
-
-// Rows first to first + block.count of class c. centre may be null, as may block.transposed.
-template <typename T>
-void mmd_pack(const class_rows &set, int64_t c, int64_t first, int64_t width, const T *centre,
-              const mmd_panels &panels, T *line, const mmd_block<T> &block);
 
 // Row `row` of class c in double; columns first to first + count.
 void mmd_load(const class_rows &set, int64_t c, int64_t row, int64_t first, int64_t count, double *out);
@@ -53,15 +28,15 @@ template <typename T> struct mmd_kernel {
 template <typename T> struct mmd_tile {
   T *products;  // rows x step; becomes the factor of each column's row in the gradient of each row
   int64_t step;
-  mmd_block<T> left, right;
-  mmd_panels panels;
+  row_block<T> left, right;
+  row_panels panels;
   int64_t width;
   bool self;            // the diagonal is left out
   T factor;             // of the gradient
   double *row_sums;     // of the factors, negative; null: only the sum of the kernel is wanted
   double *column_sums;  // the same of columns, where their gradient is wanted
   T *row_gradient, *column_gradient;  // rows of `width`: pairs that are close are added here
-  T *line;                            // room for mmd_block_rows elements, three times
+  T *line;                            // room for block_rows elements, three times
 };
 
 // Sum of the kernel over the tile.

@@ -55,7 +55,7 @@ template <typename T> struct median_work {
     }
     plan.products(t.left, t.right, local.tile);
     t.products = local.tile;
-    t.step = plan.tile_step;
+    t.step = tile_step<T>;
     t.panels = plan.panel;
     t.width = plan.d;
     t.self = i == j;
@@ -100,7 +100,7 @@ template <typename T> struct median_work {
 };
 
 template <typename T> void medians(const mmd_arguments &x) {
-  mmd_arena memory{static_cast<char *>(x.scratch)};
+  arena memory{static_cast<char *>(x.scratch)};
   const mmd_plan<T> plan(x, memory);
   scratch<int64_t> counts(plan.threads * median_work<T>::bins);
   for (int64_t c = 0; c < x.classes; ++c) {

@@ -1,5 +1,4 @@
-// The pairs of blocks of mmd, in an order that any number of threads may share, and the matrix
-// products of one pair.
+// The pairs of blocks of mmd, in an order that any number of threads may share.
 //
 // The blocks of x and of y stand in one row, x first. In round r block i meets block j where
 // i + j = r modulo the number of blocks: every pair once, and every block once per round. So the
@@ -7,26 +6,12 @@
 // order whoever computes them.
 #pragma once
 
-#include "gemm.h"
+#include "block_products.h"
 #include "mmd.h"
 
 namespace ddfast {
 namespace DDFAST_LEVEL {
 namespace {
-
-constexpr int64_t mmd_depth = 128;  // of one product: times panel_width, a panel in the first cache
-
-inline int64_t mmd_ceiling(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-struct mmd_arena {
-  char *base;
-  int64_t used = 0;
-  template <typename T> T *take(int64_t count) {
-    T *at = base ? reinterpret_cast<T *>(base + used) : nullptr;
-    used += (count * int64_t(sizeof(T)) + 127) / 64 * 64;
-    return at;
-  }
-};
 
 // What one thread works with.
 template <typename T> struct mmd_local {
@@ -34,9 +19,8 @@ template <typename T> struct mmd_local {
 };
 
 template <typename T> struct mmd_plan {
-  static constexpr int64_t tile_step = mmd_block_rows + width<T>;  // no two rows start in the same lines of a cache
   const mmd_arguments &x;
-  mmd_panels panel;
+  row_panels panel;
   int64_t d, n, m, x_blocks, y_blocks, blocks, pairs;
   int threads;
   T *centres;  // classes x d
@@ -44,18 +28,18 @@ template <typename T> struct mmd_plan {
   int64_t local_bytes;
   int32_t *identity;
 
-  mmd_plan(const mmd_arguments &arguments, mmd_arena &memory)
+  mmd_plan(const mmd_arguments &arguments, arena &memory)
       : x(arguments), panel{panel_width<T>, width<T>}, d(x.width), n(x.x.rows), m(x.y.rows),
-        x_blocks(mmd_ceiling(n, mmd_block_rows)), y_blocks(mmd_ceiling(m, mmd_block_rows)),
+        x_blocks(ceiling(n, block_rows)), y_blocks(ceiling(m, block_rows)),
         blocks(x_blocks + y_blocks), pairs(blocks * (blocks + 1) / 2), threads(useful_threads(arguments)) {
     centres = memory.take<T>(x.classes * d);
-    identity = memory.take<int32_t>(mmd_block_rows);
+    identity = memory.take<int32_t>(block_rows);
     const int64_t before = memory.used;
     local = take_local(memory);
     local_bytes = memory.used - before;
     memory.used += (threads - 1) * local_bytes;
     if (identity)
-      for (int64_t i = 0; i < mmd_block_rows; ++i) identity[i] = int32_t(i);
+      for (int64_t i = 0; i < block_rows; ++i) identity[i] = int32_t(i);
   }
 
   static int useful_threads(const mmd_arguments &x) {
@@ -64,11 +48,11 @@ template <typename T> struct mmd_plan {
     return most < double(x.threads) ? int(most) : x.threads;
   }
 
-  mmd_local<T> take_local(mmd_arena &memory) const {
-    const int64_t packed = mmd_block_rows * padded<T>(d), rows = mmd_block_rows + width<T>;
-    const int64_t longest = padded<T>(d) > 3 * mmd_block_rows ? padded<T>(d) : 3 * mmd_block_rows;
-    return {memory.take<T>(packed), memory.take<T>(packed), memory.take<T>((mmd_block_rows + panel_width<T>) * d),
-            memory.take<T>(mmd_block_rows * tile_step), memory.take<T>(mmd_block_rows * panel_width<T>),
+  mmd_local<T> take_local(arena &memory) const {
+    const int64_t packed = block_rows * padded<T>(d), rows = block_rows + width<T>;
+    const int64_t longest = padded<T>(d) > 3 * block_rows ? padded<T>(d) : 3 * block_rows;
+    return {memory.take<T>(packed), memory.take<T>(packed), memory.take<T>((block_rows + panel_width<T>) * d),
+            memory.take<T>(block_rows * tile_step<T>), memory.take<T>(block_rows * panel_width<T>),
             memory.take<T>(rows), memory.take<T>(rows), memory.take<T>(longest)};
   }
   mmd_local<T> local_of(int thread) const {
@@ -79,10 +63,10 @@ template <typename T> struct mmd_plan {
   }
 
   bool of_x(int64_t block) const { return block < x_blocks; }
-  int64_t first_row(int64_t block) const { return (of_x(block) ? block : block - x_blocks) * mmd_block_rows; }
+  int64_t first_row(int64_t block) const { return (of_x(block) ? block : block - x_blocks) * block_rows; }
   int64_t rows(int64_t block) const {
     const int64_t left = (of_x(block) ? n : m) - first_row(block);
-    return left < mmd_block_rows ? left : mmd_block_rows;
+    return left < block_rows ? left : block_rows;
   }
 
   // Block j that meets block i in this round; the pair is theirs where i <= j.
@@ -99,102 +83,13 @@ template <typename T> struct mmd_plan {
       centres[c * d + first + k] = T(origin[k] + (sums[0][k] + sums[1][k]) / double(n + m));
   }
 
-  void pack(int64_t c, int64_t block, bool centred, T *line, const mmd_block<T> &to) const {
-    mmd_pack(of_x(block) ? x.x : x.y, c, first_row(block), d, centred ? centres + c * d : nullptr, panel, line, to);
+  void pack(int64_t c, int64_t block, bool centred, T *line, const row_block<T> &to) const {
+    pack_rows(of_x(block) ? x.x : x.y, c, first_row(block), d, centred ? centres + c * d : nullptr, panel, line, to);
   }
 
-  // tile = left right': the inner products of all rows of one block with those of another.
-  void products(const mmd_block<T> &left, const mmd_block<T> &right, T *out) const {
-    constexpr int64_t at_once = mmd_depth / panel_width<T>;
-    const int64_t whole = d / panel_width<T>;
-    if (d == 0) memset(out, 0, size_t(mmd_block_rows * tile_step) * sizeof(T));
-    times_arguments<T> t;
-    for (int64_t p = 0; p < panels<T>(d);) {
-      const int64_t step = panel.columns(d, p), k = p * panel_width<T>;
-      t.pieces = p < whole ? (whole - p < at_once ? whole - p : at_once) : 1;
-      t.depth = p < whole ? panel_width<T> : d - k;
-      t.step = panel_width<T> * mmd_block_rows;
-      t.add = p > 0;
-      for (int64_t q = 0; q < panels<T>(right.count); ++q) {
-        const int64_t vectors = vectors_of<T>(right.count, q), columns = vectors * width<T>;
-        t.b = right.transposed + q * panel_width<T> * d + k * columns;
-        t.ahead = t.b;
-        for (int64_t r = 0; r < left.count;) {
-          const int64_t count = next_rows(left.count - r, most_rows[vectors]);
-          for (int64_t i = 0; i < count; ++i) {
-            t.a[i] = left.rows + k * mmd_block_rows + (r + i) * step;
-            t.c[i] = out + (r + i) * tile_step + q * panel_width<T>;
-          }
-          tile<T>(vectors, count, t);
-          r += count;
-        }
-      }
-      p += t.pieces;
-    }
-  }
-
-  // Adds the columns of a panel that is narrower than its vectors.
-  void add_edge(const T *edge, int64_t step, int64_t rows, int64_t columns, T *to) const {
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t k = 0; k < columns; ++k) to[r * d + k] += edge[r * step + k];
-  }
-
-  // gradient[i] += sum over j of factors[i][j] right[j]
-  void add_rows(const T *factors, int64_t count, const mmd_block<T> &right, T *edge, T *gradient) const {
-    times_arguments<T> t;
-    t.pieces = 1;
-    t.step = 0;
-    for (int64_t p = 0; p < panels<T>(d); ++p) {
-      const int64_t vectors = vectors_of<T>(d, p), columns = vectors * width<T>, k = p * panel_width<T>;
-      const bool in_place = k + columns <= d;
-      T *to = in_place ? gradient + k : edge;
-      const int64_t to_step = in_place ? d : columns;
-      for (int64_t j = 0; j < right.count; j += mmd_depth) {
-        t.depth = right.count - j < mmd_depth ? right.count - j : mmd_depth;
-        t.add = in_place || j > 0;
-        t.b = right.rows + k * mmd_block_rows + j * columns;
-        t.ahead = t.b;
-        for (int64_t r = 0; r < count;) {
-          const int64_t some = next_rows(count - r, most_rows[vectors]);
-          for (int64_t i = 0; i < some; ++i) {
-            t.a[i] = factors + (r + i) * tile_step + j;
-            t.c[i] = to + (r + i) * to_step;
-          }
-          tile<T>(vectors, some, t);
-          r += some;
-        }
-      }
-      if (!in_place) add_edge(edge, columns, count, d - k, gradient + k);
-    }
-  }
-
-  // gradient[j] += sum over i of factors[i][j] left[i]
-  void add_columns(const T *factors, const mmd_block<T> &left, int64_t count, T *edge, T *gradient) const {
-    transposed_arguments<T> t;
-    t.a_at = t.b_at = identity;
-    t.a_step = tile_step;
-    t.ahead_step = 0;
-    for (int64_t p = 0; p < panels<T>(d); ++p) {
-      const int64_t vectors = vectors_of<T>(d, p), columns = vectors * width<T>, k = p * panel_width<T>;
-      const bool in_place = k + columns <= d;
-      T *to = in_place ? gradient + k : edge;
-      t.b_step = columns;
-      t.c_step = in_place ? d : columns;
-      for (int64_t i = 0; i < left.count; i += mmd_depth) {
-        t.count = left.count - i < mmd_depth ? left.count - i : mmd_depth;
-        t.add = in_place || i > 0;
-        t.b = left.rows + k * mmd_block_rows + i * columns;
-        t.ahead = t.b;
-        for (int64_t r = 0; r < count;) {
-          const int64_t some = next_rows(count - r, most_rows[vectors]);
-          t.a = factors + i * tile_step + r;
-          t.c = to + r * t.c_step;
-          tile<T>(vectors, some, t);
-          r += some;
-        }
-      }
-      if (!in_place) add_edge(edge, columns, count, d - k, gradient + k);
-    }
+  // tile = left right'
+  void products(const row_block<T> &left, const row_block<T> &right, T *out) const {
+    block_products(panel, d, left, right, out);
   }
 };
 

@@ -69,7 +69,7 @@ template <typename T> struct packed_row {
     for (int64_t p = 0; p < t.panels.count(t.width); ++p) {
       const int64_t first = p * t.panels.panel, step = t.panels.columns(t.width, p);
       const int64_t left = t.width - first;
-      f(rows + first * mmd_block_rows + r * step, first, left < step ? left : step);
+      f(rows + first * block_rows + r * step, first, left < step ? left : step);
     }
   }
 };
@@ -78,7 +78,7 @@ template <typename T> T difference(const mmd_tile<T> &t, int64_t i, int64_t j) {
   T partial[lanes] = {};
   const T *right = t.right.rows;
   packed_row<T>{t, t.left.rows, i}.pieces([&](const T *a, int64_t first, int64_t count) {
-    const T *b = right + first * mmd_block_rows + j * t.panels.columns(t.width, first / t.panels.panel);
+    const T *b = right + first * block_rows + j * t.panels.columns(t.width, first / t.panels.panel);
     int64_t k = 0;
     for (; k + lanes <= count; k += lanes)
       for (int64_t l = 0; l < lanes; ++l) partial[l] += (a[k + l] - b[k + l]) * (a[k + l] - b[k + l]);
@@ -93,7 +93,7 @@ template <typename T> void add_pair(const mmd_tile<T> &t, int64_t i, int64_t j, 
   T *other = t.column_gradient ? t.column_gradient + j * t.width : nullptr;
   const T *right = t.right.rows;
   packed_row<T>{t, t.left.rows, i}.pieces([&](const T *a, int64_t first, int64_t count) {
-    const T *b = right + first * mmd_block_rows + j * t.panels.columns(t.width, first / t.panels.panel);
+    const T *b = right + first * block_rows + j * t.panels.columns(t.width, first / t.panels.panel);
     for (int64_t k = 0; k < count; ++k) {
       const T step = slope * (b[k] - a[k]);
       if (to) to[first + k] += step;
@@ -134,9 +134,9 @@ template <typename T, int kind, bool weights> double apply(const mmd_tile<T> &t,
   constexpr bool distances = kind != mmd_polynomial;
   double lane_sums[width_of<T>] = {}, sum = 0;
   const row_result<T> at_zero = value_of<T, kind>(f, T(0));
-  T *roots = t.line, *near_values = t.line + mmd_block_rows, *column_sums = t.line + 2 * mmd_block_rows;
-  int32_t near_columns[mmd_block_rows];
-  for (int64_t j = 0; j < mmd_block_rows; ++j) column_sums[j] = roots[j] = 0;
+  T *roots = t.line, *near_values = t.line + block_rows, *column_sums = t.line + 2 * block_rows;
+  int32_t near_columns[block_rows];
+  for (int64_t j = 0; j < block_rows; ++j) column_sums[j] = roots[j] = 0;
   for (int64_t i = 0; i < t.left.count; ++i) {
     T *row = t.products + i * t.step;
     int64_t near = 0;

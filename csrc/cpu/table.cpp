@@ -32,6 +32,8 @@ void mmd_median_distance(const mmd_arguments &);
 int64_t characteristic_function_scratch(const characteristic_function_arguments &);
 void characteristic_function(const characteristic_function_arguments &);
 void trajectory(const trajectory_arguments &);
+int64_t dense_kernel_scratch(const dense_kernel_arguments &);
+void dense_kernel(const dense_kernel_arguments &);
 }  // namespace DDFAST_LEVEL
 
 const kernel_table *DDFAST_JOIN(kernel_table_, DDFAST_LEVEL)() {
@@ -58,6 +60,8 @@ const kernel_table *DDFAST_JOIN(kernel_table_, DDFAST_LEVEL)() {
       DDFAST_LEVEL::characteristic_function_scratch,
       DDFAST_LEVEL::characteristic_function,
       DDFAST_LEVEL::trajectory,
+      DDFAST_LEVEL::dense_kernel_scratch,
+      DDFAST_LEVEL::dense_kernel,
   };
   return &table;
 }

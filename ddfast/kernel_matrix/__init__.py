@@ -3,5 +3,6 @@
 from __future__ import annotations
 
 from ddfast.kernel_matrix.empirical import empirical_nngp
+from ddfast.kernel_matrix.matrix import kernel_matrix
 
-__all__ = ["empirical_nngp"]
+__all__ = ["empirical_nngp", "kernel_matrix"]

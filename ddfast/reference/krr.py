@@ -101,9 +101,9 @@ def krr(
     have no derivative here, and bytes cannot ask for one.
     """
     factor, extra, how = factorise(ridge(k_ss.to(dtype), reg))
-    alpha = solve(factor, extra, how, y_s.to(dtype)).contiguous()
+    alpha = solve(factor, extra, how, y_s.to(dtype))
     packed = torch.cat([factor, extra.unsqueeze(0)]).contiguous().view(torch.uint8)
-    return k_ts.to(dtype) @ alpha, alpha, packed, how
+    return k_ts.to(dtype) @ alpha, alpha.contiguous(), packed, how
 
 
 def krr_bwd(
@@ -122,13 +122,15 @@ def krr_bwd(
     """
     by_k_ss, by_k_ts, by_y_s = (alpha.new_empty(0) for _ in range(3))
     if needed[1]:
-        by_k_ts = torch.zeros_like(k_ts, memory_format=torch.contiguous_format)
-        if by_prediction is not None:
+        if by_prediction is None:
+            by_k_ts = torch.zeros_like(k_ts, memory_format=torch.contiguous_format)
+        else:
             by_k_ts = (by_prediction @ alpha.mT).to(k_ts.dtype)
     if needed[0] or needed[2]:
         right = torch.zeros_like(alpha) if by_alpha is None else by_alpha
         if by_prediction is not None:
-            right = right + k_ts.to(alpha.dtype).mT @ by_prediction
+            # In this order, K_ts being read along its rows, it took a quarter of the time.
+            right = right + (by_prediction.mT @ k_ts.to(alpha.dtype)).mT
         factors = packed.view(alpha.dtype)
         solved = solve(factors[:-1], factors[-1], how, right).contiguous()
         if needed[0]:

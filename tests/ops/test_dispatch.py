@@ -98,6 +98,6 @@ def test_the_cuda_key_hands_over_to_triton():
     pytest.importorskip("triton", reason="triton is not installed")
     done = subprocess.run([sys.executable, "-c", CODE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    # Closed forms, LAPACK's work, and a selection, without a kernel of their own: the reference answers.
+    # The reference answers: closed forms, LAPACK's work and a selection, without kernels of ours.
     own = "['class_mean_bwd', 'krr', 'krr_bwd', 'mmd_bandwidth']"
     assert done.stdout.split("\n")[0] == own

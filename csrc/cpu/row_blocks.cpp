@@ -1,4 +1,4 @@
-// Blocks of rows for mmd: read, centred, and laid out for the matrix products.
+// Rows are read, centred, and laid out for the matrix products.
 #include "mmd.h"
 #include "vector.h"
 
@@ -65,8 +65,8 @@ void mmd_column_sums(const class_rows &set, int64_t c, int64_t first, int64_t co
 }
 
 template <typename T>
-void mmd_pack(const class_rows &set, int64_t c, int64_t first, int64_t width, const T *centre,
-              const mmd_panels &panels, T *line, const mmd_block<T> &block) {
+void pack_rows(const class_rows &set, int64_t c, int64_t first, int64_t width, const T *centre,
+              const row_panels &panels, T *line, const row_block<T> &block) {
   const int64_t panel_count = panels.count(width);
   const int64_t padded = width == 0 ? 0 : (panel_count - 1) * panels.panel + panels.columns(width, panel_count - 1);
   for (int64_t k = width; k < padded; ++k) line[k] = 0;
@@ -77,7 +77,7 @@ void mmd_pack(const class_rows &set, int64_t c, int64_t first, int64_t width, co
     block.norms[r] = norm_of(line, width);
     for (int64_t p = 0; p < panel_count; ++p) {
       const int64_t columns = panels.columns(width, p);
-      memcpy(block.rows + p * panels.panel * mmd_block_rows + r * columns, line + p * panels.panel,
+      memcpy(block.rows + p * panels.panel * block_rows + r * columns, line + p * panels.panel,
              size_t(columns) * sizeof(T));
     }
   }
@@ -89,7 +89,7 @@ void mmd_pack(const class_rows &set, int64_t c, int64_t first, int64_t width, co
     T *to = block.transposed + first_row * width;
     for (int64_t p = 0; p < panel_count; ++p) {
       const int64_t step = panels.columns(width, p), k = p * panels.panel;
-      transpose(block.rows + k * mmd_block_rows + first_row * step, step, rows, width - k < step ? width - k : step,
+      transpose(block.rows + k * block_rows + first_row * step, step, rows, width - k < step ? width - k : step,
                 to + k * columns, columns);
     }
     for (int64_t k = 0; rows < columns && k < width; ++k)
@@ -97,10 +97,10 @@ void mmd_pack(const class_rows &set, int64_t c, int64_t first, int64_t width, co
   }
 }
 
-template void mmd_pack<float>(const class_rows &, int64_t, int64_t, int64_t, const float *, const mmd_panels &, float *,
-                              const mmd_block<float> &);
-template void mmd_pack<double>(const class_rows &, int64_t, int64_t, int64_t, const double *, const mmd_panels &,
-                               double *, const mmd_block<double> &);
+template void pack_rows<float>(const class_rows &, int64_t, int64_t, int64_t, const float *, const row_panels &, float *,
+                              const row_block<float> &);
+template void pack_rows<double>(const class_rows &, int64_t, int64_t, int64_t, const double *, const row_panels &,
+                               double *, const row_block<double> &);
 
 }  // namespace DDFAST_LEVEL
 }  // namespace ddfast

@@ -1,0 +1,159 @@
+"""Operator `conv_kernel`: schema, shapes, implementations, the first derivative.
+
+The NNGP or NTK matrix of convolutional ReLU networks; `ddfast.reference.conv_kernel` has the maths,
+`ddfast.kernel_matrix` is what a user calls. The chain is `conv_kernel` -> `conv_kernel_bwd`, which
+raises when it is differentiated. The compiled kernels answer in float64 where x or y is float64,
+else in float32; gradients come back in the dtypes of x and y.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ddfast.ops.registry import declare, derivative, end_of_chain
+from ddfast.reference import conv_kernel as reference
+from ddfast.reference import conv_kernel_bwd as reference_bwd
+from ddfast.reference.gradient_distance import accumulator
+
+KINDS = ("nngp", "ntk")
+READOUTS = ("flatten", "gap")
+
+
+def check(
+    x: Tensor,
+    y: Tensor | None,
+    kind: str,
+    pools: Sequence[bool],
+    readout: str,
+    weight_var: float,
+    bias_var: float,
+) -> None:
+    """Refuse what is no network or no pair of image sets.
+
+    Raises:
+        TypeError: x or y is not of a floating dtype.
+        ValueError: a shape, size, name or variance that does not fit; the message names it.
+    """
+    for name, t in (("x", x), ("y", y)):
+        if t is None:
+            continue
+        if not t.dtype.is_floating_point:
+            raise TypeError(f"{name}: got {t.dtype}, expected a floating dtype")
+        if t.dim() != 4 or 0 in t.shape[1:]:
+            raise ValueError(f"{name}: got shape {tuple(t.shape)}, expected (n, C, H, W)")
+    if y is not None and y.shape[1:] != x.shape[1:]:
+        raise ValueError(
+            f"y: got images of {tuple(y.shape[1:])}, expected {tuple(x.shape[1:])} as x"
+        )
+    if y is not None and y.device != x.device:
+        raise ValueError(f"y: on {y.device}, expected {x.device}, where x is")
+    if kind not in KINDS:
+        raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
+    if readout not in READOUTS:
+        raise ValueError(f"readout: got {readout!r}, expected one of {', '.join(READOUTS)}")
+    height, width = x.shape[2:]
+    for layer, pooled in enumerate(pools):
+        if pooled and min(height, width) < 2:
+            raise ValueError(
+                f"pools: got a pool after layer {layer}, where images of {tuple(x.shape[2:])} are "
+                f"{height} x {width}, expected at least 2 x 2"
+            )
+        height, width = (height // 2, width // 2) if pooled else (height, width)
+    for name, value in (("weight_var", weight_var), ("bias_var", bias_var)):
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError(f"{name}: got {value}, expected a finite number, 0 or more")
+
+
+def _wide(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both sets in the dtype that is computed in."""
+    dtype = accumulator(x.dtype if y is None else torch.promote_types(x.dtype, y.dtype))
+    return x.to(dtype), None if y is None else y.to(dtype)
+
+
+# --- the matrix ---------------------------------------------------------------------------------
+
+
+def _reference(x: Tensor, y: Tensor | None, *network: Any) -> Tensor:
+    check(x, y, *network)
+    return reference.conv_kernel(*_wide(x, y), *network)
+
+
+def _fake(x: Tensor, y: Tensor | None, *network: Any) -> Tensor:
+    check(x, y, *network)
+    wide, _ = _wide(x, y)
+    return wide.new_empty(x.shape[0], (x if y is None else y).shape[0])
+
+
+conv_kernel = declare(
+    "conv_kernel(Tensor x, Tensor? y, str kind, bool[] pools, str readout, float weight_var, "
+    "float bias_var) -> Tensor",
+    reference=_reference,
+    cpu=None,
+    cuda=None,
+    fake=_fake,
+)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, y, *ctx.network = inputs
+    ctx.save_for_backward(x, y)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, y = ctx.saved_tensors
+    by_x, by_y = ctx.needs_input_grad[:2]
+    dx, dy = conv_kernel_bwd(grad, x, y, *ctx.network, by_x, by_y)
+    none = (None,) * len(ctx.network)
+    return dx if by_x else None, dy if by_y else None, *none
+
+
+derivative("conv_kernel", _backward, _setup)
+
+
+# --- first derivative ---------------------------------------------------------------------------
+
+
+def _bwd_check(grad: Tensor, x: Tensor, y: Tensor | None, *network: Any) -> None:
+    check(x, y, *network)
+    expected = x.shape[0], (x if y is None else y).shape[0]
+    if grad.shape != expected:
+        raise ValueError(f"grad: got shape {tuple(grad.shape)}, expected {tuple(expected)}")
+
+
+def _as_inputs(
+    gradients: tuple[Tensor, Tensor], x: Tensor, y: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    dx, dy = gradients
+    return dx.to(x.dtype), dy.to(x.dtype if y is None else y.dtype)
+
+
+def _bwd_reference(
+    grad: Tensor, x: Tensor, y: Tensor | None, *arguments: Any
+) -> tuple[Tensor, Tensor]:
+    _bwd_check(grad, x, y, *arguments[:5])
+    wide, other = _wide(x, y)
+    found = reference_bwd.conv_kernel_bwd(grad.to(wide.dtype), wide, other, *arguments)
+    return _as_inputs(found, x, y)
+
+
+def _bwd_fake(grad: Tensor, x: Tensor, y: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
+    *network, by_x, by_y = arguments
+    _bwd_check(grad, x, y, *network)
+    dx = x.new_empty(x.shape if by_x else (0,))
+    return dx, x.new_empty(0) if y is None else y.new_empty(y.shape if by_y else (0,))
+
+
+conv_kernel_bwd = declare(
+    "conv_kernel_bwd(Tensor grad, Tensor x, Tensor? y, str kind, bool[] pools, str readout, "
+    "float weight_var, float bias_var, bool by_x, bool by_y) -> (Tensor dx, Tensor dy)",
+    reference=_bwd_reference,
+    cpu=None,
+    cuda=None,
+    fake=_bwd_fake,
+)
+end_of_chain("conv_kernel_bwd", "the second derivative of conv_kernel is not implemented")
