@@ -151,7 +151,8 @@ def step(run: Run) -> Tensor:
     state, slot = network_pool.begin(run)
     net = network_pool.load(run, state, slot)
     real = bilevel.in_turn(run, config.batch_real)
-    y_t = regression.centred(run.dataset.train_labels[real], run.dataset.num_classes)
+    targets = run.dataset.train_labels[real].to(run.device)
+    y_t = regression.centred(targets, run.dataset.num_classes, run.dtype)
     made, beside = run.decoded(0, run.dataset.num_classes), bilevel.leaves_beside(run)
     leaf = made.images.detach().requires_grad_()
     x, y = leaf, regression.labels_of(run, made, beside, scale_of(run.dataset.num_classes))
@@ -170,7 +171,7 @@ def step(run: Run) -> Tensor:
         memory=run.memory,
     )
     predicted = krr_loss(
-        *(k_ss, k_ts, y, y_t.to(run.device, run.dtype), config.reg),
+        *(k_ss, k_ts, y, y_t, config.reg),
         solve_dtype=regression.solve_dtype(config.solve_dtype, run),
         reduction="class_sum",
     )
@@ -180,7 +181,7 @@ def step(run: Run) -> Tensor:
     for group, first in zip(run.optimiser.param_groups, fresh, strict=True):
         group["lr"] = first["lr"] * cosine(run.iteration, config.iterations)
     losses = regression.repeated(run, predicted - margins)
-    run.update(found, losses)
+    run.update(found, losses, f" with network {slot} of the pool")
     network_pool.update(run, state, slot, lambda network: _online_loss(run, network))
     run.state = state
     return losses

@@ -18,16 +18,16 @@ LABELS = "label_weights"
 """Name of the learned labels among a run's tensors."""
 
 
-def centred(labels: Tensor, classes: int) -> Tensor:
-    """one-hot - 1/C, float32: (n,) int64 -> (n, C)."""
-    return torch.nn.functional.one_hot(labels, classes).float() - 1 / classes
+def centred(labels: Tensor, classes: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """one-hot - 1/C: (n,) int64 -> (n, C)."""
+    return torch.nn.functional.one_hot(labels, classes).to(dtype) - 1 / classes
 
 
 def labels_of(run: Run, made: Decoded, beside: Mapping[str, Tensor], scale: float = 1.0) -> Tensor:
     """Y_s of the decoded images: what was learned, else centred labels times a scale."""
     if LABELS in beside:
         return beside[LABELS] if made.sources is None else beside[LABELS][made.sources]
-    return scale * centred(made.labels, run.dataset.num_classes).to(run.dtype)
+    return scale * centred(made.labels, run.dataset.num_classes, run.dtype)
 
 
 def gradients(

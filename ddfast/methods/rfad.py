@@ -210,7 +210,7 @@ def loss_of(
     )
     if config.loss == "platt":
         return krr_loss(k_ss, k_ts, labels, targets, config.reg, "cross_entropy", scale)
-    y_t = regression.centred(targets, run.dataset.num_classes).to(run.dtype)
+    y_t = regression.centred(targets, run.dataset.num_classes, run.dtype)
     return krr_loss(k_ss, k_ts, labels, y_t, config.reg)
 
 
