@@ -193,16 +193,15 @@ template <typename T> struct conv_work {
     }
   }
 
-  vector<T> cotangents(int64_t i, int64_t first) const {
+  void cotangents_of(int64_t i, int64_t first, T *found) const {
     const T *grad = static_cast<const T *>(x.grad);
-    vector<T> found = {};
+    for (int64_t k = 0; k < lanes_; ++k) found[k] = 0;
     for (int64_t k = 0; k < valid(1, first); ++k) {
       const int64_t j = first + k;
       if (!x.y && j < i) continue;
       found[k] = grad[i * x.m + j];
       if (!x.y && j > i) found[k] += grad[j * x.m + i];
     }
-    return found;
   }
 
   // The memory of a task, whose y is in place; false if there is nothing to do.
@@ -223,10 +222,10 @@ template <typename T> struct conv_work {
     if (!begin(task, &memory, &first, &row, &end)) return;
     for (int64_t i = row; i < end; ++i) {
       pack_one(i, memory.x);
-      vector<T> k, t;
-      conv_forward(memory, true, &k, &t);
-      vector<T> value = k * T(plan.readout) + T(plan.bias_var);
-      if (x.ntk) value = t * T(plan.readout) + value;
+      T k[lanes_], t[lanes_];
+      conv_forward(memory, true, k, t);
+      vector<T> value = read(k) * T(plan.readout) + T(plan.bias_var);
+      if (x.ntk) value = read(t) * T(plan.readout) + value;
       write_entries(i, first, value);
     }
   }
@@ -243,9 +242,10 @@ template <typename T> struct conv_work {
       clear(memory->by_pixels_x, pixels);
       clear(memory->by_norms_x, plan.positions);
       pack_one(i, memory->x);
-      vector<T> k, t;
-      conv_forward(*memory, true, &k, &t);
-      conv_backward(*memory, true, cotangents(i, *first));
+      T k[lanes_], t[lanes_], cotangents[lanes_];
+      cotangents_of(i, *first, cotangents);
+      conv_forward(*memory, true, k, t);
+      conv_backward(*memory, true, cotangents);
       if (!memory->by_pixels_x) continue;
       for (int64_t p = 0; p < pixels; ++p) chunk[p] = lane_sum(memory->by_pixels_x[p]);
       for (int64_t p = 0; p < plan.positions; ++p) chunk[pixels + p] = lane_sum(memory->by_norms_x[p]);

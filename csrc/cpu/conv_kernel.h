@@ -33,12 +33,12 @@ template <typename T> struct conv_memory {
 template <typename T>
 int64_t conv_divide(const conv_plan &plan, bool ntk, bool backward, char *data, conv_memory<T> *memory);
 
-// K and T in front of the readout, summed, of all lanes' pairs. shared: one x for all lanes.
-template <typename T> void conv_forward(const conv_memory<T> &memory, bool shared, vector<T> *k, vector<T> *t);
+// K and T in front of the readout, summed, of every lane's pair. shared: one x for all lanes.
+template <typename T> void conv_forward(const conv_memory<T> &memory, bool shared, T *k, T *t);
 
-// The gradients of sum of cotangent times readout, added up. After conv_forward on the same memory,
+// The gradients of sum of cotangents times readout, one a lane, added up. After conv_forward on the same memory,
 // whose planes it overwrites.
-template <typename T> void conv_backward(const conv_memory<T> &memory, bool shared, vector<T> cotangent);
+template <typename T> void conv_backward(const conv_memory<T> &memory, bool shared, const T *cotangents);
 
 // Inverse and root of V, V given.
 template <typename T> DDFAST_INLINE void conv_norms_of(vector<T> v, T *inverse, T *root) {

@@ -162,8 +162,8 @@ void backward(const conv_memory<T> &memory, vector<T> cotangent, bool variances)
 
 }  // namespace
 
-template <typename T> void conv_backward(const conv_memory<T> &memory, bool shared, vector<T> cotangent) {
-  const vector<T> by_readout = cotangent * T(memory.plan->readout);
+template <typename T> void conv_backward(const conv_memory<T> &memory, bool shared, const T *cotangents) {
+  const vector<T> by_readout = read(cotangents) * T(memory.plan->readout);
   if (memory.row.t)
     shared ? backward<true, true>(memory, by_readout, false) : backward<true, false>(memory, by_readout, false);
   else
@@ -174,8 +174,8 @@ template <typename T> void conv_variances_backward(const conv_memory<T> &memory)
   backward<false, false>(memory, vector<T>{}, true);
 }
 
-template void conv_backward<float>(const conv_memory<float> &, bool, vector<float>);
-template void conv_backward<double>(const conv_memory<double> &, bool, vector<double>);
+template void conv_backward<float>(const conv_memory<float> &, bool, const float *);
+template void conv_backward<double>(const conv_memory<double> &, bool, const double *);
 template void conv_variances_backward<float>(const conv_memory<float> &);
 template void conv_variances_backward<double>(const conv_memory<double> &);
 

@@ -117,16 +117,16 @@ template <bool Ntk, bool Shared, typename T> struct conv_forward_walk : conv_wal
   }
 };
 
-template <bool Ntk, bool Shared, typename T> void forward(const conv_memory<T> &memory, vector<T> *k, vector<T> *t) {
+template <bool Ntk, bool Shared, typename T> void forward(const conv_memory<T> &memory, T *k, T *t) {
   conv_forward_walk<Ntk, Shared, T> walk(memory);
   for (int s = 0; s < memory.plan->stages; ++s) walk.stage(s);
-  *k = walk.k_total.value();
-  *t = walk.t_total.value();
+  write(k, walk.k_total.value());
+  write(t, walk.t_total.value());
 }
 
 }  // namespace
 
-template <typename T> void conv_forward(const conv_memory<T> &memory, bool shared, vector<T> *k, vector<T> *t) {
+template <typename T> void conv_forward(const conv_memory<T> &memory, bool shared, T *k, T *t) {
   if (memory.row.t)
     shared ? forward<true, true>(memory, k, t) : forward<true, false>(memory, k, t);
   else
@@ -141,8 +141,8 @@ template <typename T> void conv_variances(const conv_memory<T> &memory) {
   }
 }
 
-template void conv_forward<float>(const conv_memory<float> &, bool, vector<float> *, vector<float> *);
-template void conv_forward<double>(const conv_memory<double> &, bool, vector<double> *, vector<double> *);
+template void conv_forward<float>(const conv_memory<float> &, bool, float *, float *);
+template void conv_forward<double>(const conv_memory<double> &, bool, double *, double *);
 template void conv_variances<float>(const conv_memory<float> &);
 template void conv_variances<double>(const conv_memory<double> &);
 
