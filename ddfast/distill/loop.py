@@ -148,7 +148,7 @@ class _Loop:
         )
         try:
             self.prepare()
-            while run.iteration < iterations:
+            while run.iteration < iterations and not run.finished:
                 self.picture_if_due()
                 losses = self.iterate()
                 loss = losses.mean().item()
@@ -166,7 +166,7 @@ class _Loop:
                 bar.update()
                 if self.due():
                     self.save()
-                if run.stop and run.iteration < iterations:
+                if run.stop and run.iteration < iterations and not run.finished:
                     raise Interrupted
             self.save()
         except KeyboardInterrupt:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ddfast.nets.convnet import ConvNet
+from ddfast.nets.frepo import FRePoNet
 
 ACTIVATIONS = {nn.ReLU: "relu", nn.LeakyReLU: "leaky_relu", nn.Sigmoid: "sigmoid", nn.SiLU: "swish"}
 POOLS = {nn.AvgPool2d: "average", nn.MaxPool2d: "max"}
@@ -15,7 +16,10 @@ POOLS = {nn.AvgPool2d: "average", nn.MaxPool2d: "max"}
 
 @dataclass
 class Block:
-    """A convolution, its normalisation (groups 0: none), activation and pooling."""
+    """A convolution, its normalisation (groups 0: none), activation and pooling.
+
+    Batch normalisation with running statistics may stand `before` the convolution.
+    """
 
     name: str
     convolution: nn.Conv2d
@@ -23,6 +27,15 @@ class Block:
     norm: nn.GroupNorm | None = None
     activation: str = ""
     pool: str = "none"
+    before: nn.BatchNorm2d | None = None
+
+    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
+        """What `before` does to each channel, (channels, 1, 1) each, outside any graph."""
+        norm = self.before
+        assert norm is not None and norm.running_mean is not None and norm.running_var is not None
+        scale = norm.weight.detach() / (norm.running_var + norm.eps).sqrt()
+        shift = norm.bias.detach() - scale * norm.running_mean
+        return scale.view(-1, 1, 1), shift.view(-1, 1, 1)
 
     @property
     def groups(self) -> int:
@@ -80,32 +93,44 @@ class Chain:
         return found, channels * height * width
 
 
-def recognise(net: nn.Module) -> Chain | None:
+def recognise(net: nn.Module, frozen_norms: bool = False) -> Chain | None:
     """The network as a chain, or None if it is not one that the fused operators can serve.
 
     They serve :class:`ddfast.nets.convnet.ConvNet` itself, not a class derived from it, with
-    instance, group or no normalisation, in float32 or float64, without hooks.
+    instance, group or no normalisation, in float32 or float64, without hooks; and FRePoNet without
+    normalisation.
+
+    Args:
+        frozen_norms: whether the caller knows what to do with a block's `before`, which FRePoNet
+            has with batch normalisation; in evaluation mode, so that images stay independent.
     """
-    if type(net) is not ConvNet or {"embed", "forward"} & net.__dict__.keys():
+    if type(net) not in (ConvNet, FRePoNet) or {"embed", "forward"} & net.__dict__.keys():
         return None
     if any(_hooked(module) for module in net.modules()):
         return None
     if {p.dtype for p in net.parameters()} not in ({torch.float32}, {torch.float64}):
         return None
     blocks: list[Block] = []
-    for number, layer in net.features.named_children():
+    before: nn.BatchNorm2d | None = None
+    features: nn.Sequential = net.features  # type: ignore[assignment]
+    for number, layer in features.named_children():
         name = f"features.{number}"
         if isinstance(layer, nn.Conv2d):
-            blocks.append(Block(name, layer))
-        elif isinstance(layer, nn.GroupNorm):
+            blocks.append(Block(name, layer, before=before))
+            before = None
+        elif isinstance(layer, nn.GroupNorm) and type(net) is ConvNet:
             blocks[-1].norm_name, blocks[-1].norm = name, layer
         elif type(layer) in ACTIVATIONS:
             blocks[-1].activation = ACTIVATIONS[type(layer)]
         elif type(layer) in POOLS:
             blocks[-1].pool = POOLS[type(layer)]
+        elif frozen_norms and type(net) is FRePoNet and isinstance(layer, nn.BatchNorm2d):
+            if layer.training:
+                return None
+            before = layer
         else:
             return None
-    return Chain(blocks, "classifier", net.classifier)
+    return Chain(blocks, "classifier", net.classifier)  # type: ignore[arg-type]
 
 
 def _hooked(module: nn.Module) -> bool:

@@ -38,6 +38,9 @@ def forward(
     trace = Trace(counts, x)
     for number, block in enumerate(chain.blocks):
         trace.sizes.append(list(x.shape[2:]))
+        if block.before is not None:
+            scale, shift = block.scale_and_shift()
+            x = torch.addcmul(shift, x, scale)
         if number == 0 and not keep and not layers and _recomputes(x, algorithm):
             x = _first_block(block, x)
             continue
@@ -107,6 +110,8 @@ def backward(
         size = trace.sizes[number]
         kind = algorithm_of(block, size, algorithm)
         g = conv.class_input_grad(found[0], _weight(block), [len(z)], size, block.padding, kind)
+        if block.before is not None:
+            g.mul_(block.scale_and_shift()[0])
     if g is None:
         x = chain.blocks[0].convolution.in_channels, *trace.sizes[0]
         return trace.outputs[0].new_zeros(len(trace.outputs[0]), *x)

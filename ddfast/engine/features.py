@@ -171,7 +171,7 @@ def _in_cache(chain: Chain, image: Sequence[int], size: int) -> int:
 def _chain(net: nn.Module, path: str) -> Chain | None:
     if path not in PATHS:
         raise ValueError(f"path: got {path!r}, expected one of {', '.join(PATHS)}")
-    chain = None if path == "general" else recognise(net)
+    chain = None if path == "general" else recognise(net, frozen_norms=True)
     if path == "fused" and chain is None:
         raise ValueError(
             f"path: 'fused' cannot serve this {type(net).__name__}; it serves ddfast's ConvNet "
@@ -245,8 +245,14 @@ def _zeros(images: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 def _versions(chain: Chain) -> list[int]:
     """How often each weight has been written, as autograd counts it."""
-    layers = [layer for b in chain.blocks for layer in (b.convolution, b.norm) if layer is not None]
-    weights = [p for layer in layers for p in layer.parameters() if not p.is_inference()]
+    layers = [
+        layer
+        for b in chain.blocks
+        for layer in (b.convolution, b.norm, b.before)
+        if layer is not None
+    ]
+    tensors = [t for layer in layers for t in (*layer.parameters(), *layer.buffers())]
+    weights = [t for t in tensors if not t.is_inference()]
     return [p._version for p in weights]
 
 

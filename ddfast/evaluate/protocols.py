@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from ddfast.augment import DSA
 from ddfast.data import Dataset
+from ddfast.evaluate import squares
 from ddfast.evaluate.dc_augmentation import dc_operations
 from ddfast.methods import idc, rat_bptt
 from ddfast.methods.config import dsa_strategy as published_dsa_strategy
@@ -17,7 +18,7 @@ __all__ = ["PROTOCOLS", "Protocol", "protocol", "steps_matched"]
 
 PROTOCOLS = (
     *("dc", "dsa", "dm", "idc", "cafe", "m3d", "it_gan", "ncfm"),
-    *("mtt", "datm", "dd", "linba", "rat_bptt"),
+    *("mtt", "datm", "dd", "linba", "rat_bptt", "rfad", "frepo"),
 )
 
 LEARNED_LR = ("mtt", "datm")
@@ -53,6 +54,9 @@ class Protocol:
 
     `"constant"`: `epochs` passes with one learning rate.
 
+    `"warmed_cosine"` (Zhou et al. 2022, FRePo): `epochs` passes; the learning rate rises along a
+    line for 500 steps, then falls along a cosine to a hundredth.
+
     With `rates` (DD, Wang et al. 2018) none of these: one SGD step for each rate, on groups of
     images that take turns, see `ddfast.methods.dd`; a pass is then a turn of all groups.
 
@@ -72,9 +76,15 @@ class Protocol:
         optimiser: `"sgd"` or `"adamw"`, whose second beta is 0.999 and eps 1e-8.
         rates: learning rates of the steps, in their order, see above.
         groups: of images, with `rates`.
-        weights: how fresh weights are drawn, see `ddfast.methods.dd`.
+        weights: how fresh weights are drawn, see `ddfast.methods.dd`, or `"wide"`, see
+            `ddfast.nets.initialise_wide`.
         start: None, or a seed and a number of networks: those that DD's images are for
             (`init_net` "fixed"), as which networks then begin, in turn.
+        loss: mean `"cross_entropy"`, or `"squares"` between outputs and centred labels, see
+            `ddfast.evaluate.squares`.
+        label_scale: of the labels, with `"squares"`.
+        from_start: what a network says is its output less the one that it had before its training,
+            and weight decay pulls to where it began (RFAD, with `"squares"`).
     """
 
     name: str
@@ -92,13 +102,18 @@ class Protocol:
     groups: int = 1
     weights: str = "default"
     start: tuple[int, int] | None = None
+    loss: str = "cross_entropy"
+    label_scale: float = 1.0
+    from_start: bool = False
 
     def __post_init__(self) -> None:
-        schedules = ("dc", "multistep", "fifths", "constant")
+        schedules = ("dc", "multistep", "fifths", "constant", "warmed_cosine")
         if self.schedule not in schedules:
             raise ValueError(
                 f"schedule must be one of {', '.join(schedules)}, got {self.schedule!r}"
             )
+        if self.loss not in ("cross_entropy", "squares"):
+            raise ValueError(f"loss must be cross_entropy or squares, got {self.loss!r}")
         if self.optimiser not in ("sgd", "adamw"):
             raise ValueError(f"optimiser must be sgd or adamw, got {self.optimiser!r}")
         if not 0 <= self.cutmix <= 1:
@@ -135,13 +150,17 @@ class Protocol:
         """By what the learning rate is multiplied after the pass with this index."""
         if self.schedule == "dc":
             return 0.1 if index == self.epochs // 2 + 1 else 1.0
-        if self.schedule == "constant":
+        if self.schedule in ("constant", "warmed_cosine"):
             return 1.0
         if self.schedule == "fifths":
             ends = [part * self.epochs // 5 for part in range(1, 5)]
             return float(0.5 ** ends.count(index + 1))
         milestones = (2 * self.epochs // 3, 5 * self.epochs // 6)
         return float(0.2 ** milestones.count(index + 1))
+
+    def share(self, step: int, steps: int) -> float:
+        """Of the learning rate, at one of so many steps in all."""
+        return squares.warmed_cosine(step, steps) if self.schedule == "warmed_cosine" else 1.0
 
     def steps(self, images: int) -> int:
         """Optimiser steps of a whole training on a set of this size."""
@@ -189,6 +208,9 @@ def protocol(
               student has (the published code draws them class by class, here the set is shuffled);
               rotated or, but for digits, mirrored. The best of four numbers of steps on the test
               images, which the published code reports, is no evaluation
+    `frepo`   squares of centred labels, Adam with 0.0003, schedule "warmed_cosine", DSA
+    `rfad`    squares of what networks have learned; for wide ones without normalisation. Both are
+              explained in `ddfast.evaluate.squares`
     ========  ==========================================================================
 
     IDC's exceptions are kept: MNIST with factor > 1, and SVHN with one image per class and
@@ -233,6 +255,8 @@ def protocol(
             weight_decay=0,
             schedule="constant",
         )
+    elif name in ("rfad", "frepo"):
+        preset = Protocol(name, **squares.preset(name, dataset, ipc, dsa_strategy))
     elif name == "rat_bptt":
         preset = _rat_bptt(dataset, ipc, dsa_strategy, batch)
     elif name in ("dc", "dd") or (name == "cafe" and (dsa_strategy or "none").lower() == "none"):

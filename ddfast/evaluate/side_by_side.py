@@ -19,6 +19,7 @@ from ddfast.evaluate.stacked import can_stack, stacked_logits
 
 __all__ = [
     "SGD",
+    "AdamW",
     "SideBySide",
     "augmented",
     "cross_entropies",
@@ -26,6 +27,8 @@ __all__ = [
     "shared_out",
     "stack_size",
 ]
+
+SECOND_BETA, ADAM_EPS = 0.999, 1e-8
 
 G = TypeVar("G")
 M = TypeVar("M")
@@ -107,6 +110,24 @@ class SGD:
         gradient.add_(self.weights, alpha=self.weight_decay)
         self.velocity.mul_(self.momentum).add_(gradient)
         self.weights.add_(self.velocity, alpha=-lr)
+
+
+class AdamW:
+    """torch.optim.AdamW of a vector of weights."""
+
+    def __init__(self, weights: Tensor, beta: float, weight_decay: float) -> None:
+        self.weights, self.beta, self.weight_decay, self.steps = weights, beta, weight_decay, 0
+        self.mean, self.square = torch.zeros_like(weights), torch.zeros_like(weights)
+
+    def step(self, gradient: Tensor, lr: float) -> None:
+        """Change the weights."""
+        first, self.steps = self.beta, self.steps + 1
+        self.weights.mul_(1 - lr * self.weight_decay)
+        self.mean.lerp_(gradient, 1 - first)
+        self.square.mul_(SECOND_BETA).addcmul_(gradient, gradient, value=1 - SECOND_BETA)
+        size = lr / (1 - first**self.steps)
+        root = self.square.sqrt().div_(math.sqrt(1 - SECOND_BETA**self.steps)).add_(ADAM_EPS)
+        self.weights.addcdiv_(self.mean, root, value=-size)
 
 
 def augmented(dsa: DSA, x: Tensor, generators: Sequence[torch.Generator]) -> Tensor:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from ddfast.layers import norm_relu_pool
 from ddfast.nets.classic import MLP, AlexNet
 from ddfast.nets.convnet import ConvNet, after_convolution
+from ddfast.nets.frepo import FRePoNet
 from ddfast.nets.fusion import can_fuse
 
 __all__ = ["can_stack", "stacked_logits"]
@@ -40,9 +41,9 @@ def _layers(net: nn.Module) -> list[tuple[str, nn.Module]] | None:
         for name in ("fc_1", "fc_2", "fc_3"):
             chain += [(name, getattr(net, name)), ("", nn.ReLU())]
         return chain[:-1]
-    if isinstance(net, (ConvNet, AlexNet)):
+    if isinstance(net, (ConvNet, FRePoNet, AlexNet)):
         chain = [(f"features.{name}", layer) for name, layer in net.features.named_children()]
-        last = "classifier" if isinstance(net, ConvNet) else "fc"
+        last = "fc" if isinstance(net, AlexNet) else "classifier"
         return [*chain, ("", nn.Flatten()), (last, getattr(net, last))]
     return None
 
@@ -65,7 +66,7 @@ def _knows(layer: nn.Module) -> bool:
 def can_stack(net: nn.Module) -> bool:
     """Whether `stacked_logits` knows this network.
 
-    It knows ConvNet, MLP and AlexNet without batch and layer normalisation.
+    It knows ConvNet, FRePoNet, MLP and AlexNet without batch and layer normalisation.
     """
     layers = _layers(net)
     return layers is not None and all(_knows(layer) for _, layer in layers)

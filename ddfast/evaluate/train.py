@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import copy
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,10 +15,12 @@ from ddfast.augment import DSA
 from ddfast.cutmix import cutmix
 from ddfast.data import Dataset
 from ddfast.data.dataset import check_labels
+from ddfast.evaluate import squares
 from ddfast.evaluate.dc_augmentation import dc_augment
 from ddfast.evaluate.protocols import Protocol
 from ddfast.evaluate.side_by_side import (
     SGD,
+    AdamW,
     SideBySide,
     augmented,
     cross_entropies,
@@ -32,8 +34,6 @@ from ddfast.random import generator
 __all__ = ["NotFinite", "TrainingSet", "accuracy", "train_networks"]
 
 TrainingSet = tuple[Tensor, Tensor]
-
-SECOND_BETA, ADAM_EPS = 0.999, 1e-8
 
 
 class NotFinite(ArithmeticError):
@@ -111,7 +111,10 @@ def train_networks(
             random = fixed_network(protocol.start[0], member.number % protocol.start[1])
         shape = (dataset.channels, dataset.num_classes, dataset.size)
         net = nets.build(model, *shape)
-        draw_weights(net, random, protocol.weights)
+        if protocol.weights == "wide":
+            nets.initialise_wide(net, random)
+        else:
+            draw_weights(net, random, protocol.weights)
         return net.to(device, dtype)
 
     batch = min(protocol.batch, images.shape[1])
@@ -257,15 +260,27 @@ def _train(
         _by_rates(protocol, weights, first, images, targets, dataset, group, count)
         weights.copy_to(group_nets)
         return [each.eval() for each in group_nets]
+    start = None
+    if protocol.loss == "squares":
+        targets = squares.targets(targets, dataset.num_classes, flat.dtype, protocol.from_start)
+    if protocol.from_start:
+        start = SideBySide(group_nets, stacked)
+        begun = [copy.deepcopy(net) for net in group_nets]
+
+    def loss_of(predicted: Tensor, wanted: Tensor) -> Tensor:
+        if protocol.loss == "squares":
+            return squares.losses(predicted, wanted, protocol.label_scale, protocol.from_start)
+        return cross_entropies(predicted, wanted)
+
     optimiser = _optimiser(protocol, flat)
-    lr = protocol.lr
+    lr, done, steps = protocol.lr, 0, protocol.steps(count)
     for epoch in range(protocol.passes):
         order = first + torch.stack([torch.randperm(count, generator=g) for g in orders])
         total = flat.new_zeros(networks)
-        for start in range(0, count, protocol.batch):
+        for begin in range(0, count, protocol.batch):
             if stop.is_set():
                 return group_nets
-            where = order[:, start : start + protocol.batch].to(images.device)
+            where = order[:, begin : begin + protocol.batch].to(images.device)
             x = images[where.flatten()]
             if x.dtype == torch.uint8:
                 x = dataset.normalised(x, flat.dtype)
@@ -273,14 +288,21 @@ def _train(
             if protocol.cutmix:
                 x, partner, share = cutmix(x, mixing, protocol.cutmix)
             predicted = weights.logits(x)
-            losses = cross_entropies(predicted, targets[where.flatten()])
+            if start is not None:
+                with torch.no_grad():
+                    before = start.logits(x)
+                predicted = predicted - before
+            losses = loss_of(predicted, targets[where.flatten()])
             if protocol.cutmix:
-                others = cross_entropies(predicted, targets[where.gather(1, partner).flatten()])
+                others = loss_of(predicted, targets[where.gather(1, partner).flatten()])
                 losses = share * losses + (1 - share) * others
             gradient = weights.gradient(losses)
             with torch.no_grad():
                 total += losses
-                optimiser.step(gradient, lr)
+                if start is not None:
+                    gradient.add_(flat - start.flat, alpha=2 * protocol.weight_decay)
+                optimiser.step(gradient, lr * protocol.share(done, steps))
+            done += 1
         _check_losses(total, group, epoch, protocol)
         if protocol.decay(epoch) != 1:
             lr *= protocol.decay(epoch)
@@ -289,6 +311,10 @@ def _train(
         if on_progress is not None:
             on_progress(networks)
     weights.copy_to(group_nets)
+    if start is not None:
+        return [
+            squares.Learned(net, old).eval() for net, old in zip(group_nets, begun, strict=True)
+        ]
     return [each.eval() for each in group_nets]
 
 
@@ -317,29 +343,12 @@ def _by_rates(
             weights.flat.sub_(gradient, alpha=rate)
 
 
-def _optimiser(protocol: Protocol, weights: Tensor) -> SGD | _AdamW:
+def _optimiser(protocol: Protocol, weights: Tensor) -> SGD | AdamW:
     """The protocol's, as new."""
     if protocol.optimiser == "adamw":
-        return _AdamW(protocol, weights)
-    return SGD(weights, protocol.momentum, protocol.weight_decay)
-
-
-class _AdamW:
-    """torch.optim.AdamW of a vector of weights."""
-
-    def __init__(self, protocol: Protocol, weights: Tensor) -> None:
-        self.protocol, self.weights, self.steps = protocol, weights, 0
-        self.mean, self.square = torch.zeros_like(weights), torch.zeros_like(weights)
-
-    def step(self, gradient: Tensor, lr: float) -> None:
-        """Change the weights."""
-        first, self.steps = self.protocol.momentum, self.steps + 1
-        self.weights.mul_(1 - lr * self.protocol.weight_decay)
-        self.mean.lerp_(gradient, 1 - first)
-        self.square.mul_(SECOND_BETA).addcmul_(gradient, gradient, value=1 - SECOND_BETA)
-        size = lr / (1 - first**self.steps)
-        root = self.square.sqrt().div_(math.sqrt(1 - SECOND_BETA**self.steps)).add_(ADAM_EPS)
-        self.weights.addcdiv_(self.mean, root, value=-size)
+        return AdamW(weights, protocol.momentum, protocol.weight_decay)
+    decay = 0.0 if protocol.from_start else protocol.weight_decay
+    return SGD(weights, protocol.momentum, decay)
 
 
 def _augmentation(

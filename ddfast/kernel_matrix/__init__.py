@@ -1,7 +1,8 @@
-"""Kernel matrices of infinitely wide networks."""
+"""Kernel matrices of infinitely wide networks, and of the features of random ones."""
 
 from __future__ import annotations
 
+from ddfast.kernel_matrix.empirical import empirical_nngp
 from ddfast.kernel_matrix.matrix import kernel_matrix
 
-__all__ = ["kernel_matrix"]
+__all__ = ["empirical_nngp", "kernel_matrix"]

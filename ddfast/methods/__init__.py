@@ -28,6 +28,7 @@ from ddfast.methods import (
     dm,
     dsa,
     dsac,
+    frepo,
     ftd,
     idc,
     idc_i,
@@ -38,6 +39,7 @@ from ddfast.methods import (
     mtt,
     ncfm,
     rat_bptt,
+    rfad,
     tesla,
 )
 from ddfast.methods.config import Config, as_json, resolve
@@ -97,6 +99,8 @@ def methods() -> dict[str, Method]:
         "dd": dd,
         "linba": linba,
         "rat_bptt": rat_bptt,
+        "rfad": rfad,
+        "frepo": frepo,
     }
     return {
         name: Method(

@@ -81,6 +81,7 @@ class Run:
         iteration: number of the current step.
         processed: images passed through a network so far, for the rate that is displayed.
         stop: set to end the run at the next image update.
+        finished: set by a method that has no use for the iterations that are left.
         make: in place of the config's recipe, makes images of (leaves, labels), one for each row.
         say: shows the user a line.
     """
@@ -100,6 +101,7 @@ class Run:
     iteration: int = 0
     processed: int = 0
     stop: bool = field(default=False, repr=False)
+    finished: bool = field(default=False, repr=False)
     make: Callable[[Mapping[str, Tensor], Tensor], Tensor] | None = field(default=None, repr=False)
     say: Callable[[str], None] = field(default=lambda line: None, repr=False)
 
@@ -366,7 +368,10 @@ def start(
     )
     net = net.to(device, dtype)
     tensors, labels = config.starting_set(dataset, generator(config.seed, "images"))
-    tensors = {name: t.to(device, dtype).requires_grad_() for name, t in tensors.items()}
+    tensors = {  # float64 stays what it is
+        name: t.to(device, torch.promote_types(t.dtype, dtype)).requires_grad_()
+        for name, t in tensors.items()
+    }
     return Run(
         config=config,
         dataset=dataset,

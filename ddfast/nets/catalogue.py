@@ -11,8 +11,9 @@ import torch
 
 from ddfast.nets.classic import MLP, AlexNet, LeNet
 from ddfast.nets.convnet import ConvNet
+from ddfast.nets.frepo import FRePoNet
 from ddfast.nets.initialisation import initialise
-from ddfast.nets.naming import SUFFIXES, convnet_options
+from ddfast.nets.naming import SUFFIXES, convnet_options, widening_options
 from ddfast.nets.network import Network, Size
 from ddfast.nets.resnet import ResNet18
 from ddfast.nets.resnet_ap import ResNetAP
@@ -51,8 +52,8 @@ _OTHERS: dict[str, tuple[str, _Constructor]] = {
 
 
 def names() -> tuple[str, ...]:
-    """Every name that ``build`` knows; ``ConvNet`` stands for all its suffixes."""
-    return ("ConvNet", *_OTHERS)
+    """Every name that ``build`` knows; ConvNet and FRePoNet stand for all their suffixes."""
+    return ("ConvNet", "FRePoNet", *_OTHERS)
 
 
 def architectures() -> dict[str, str]:
@@ -61,7 +62,12 @@ def architectures() -> dict[str, str]:
         "3 blocks, width 128, instance normalisation, ReLU, average pooling; "
         f"suffixes in any order: {SUFFIXES}"
     )
-    return {"ConvNet": convnet} | {name: line for name, (line, _) in _OTHERS.items()}
+    widening = (
+        "FRePo's, 3 blocks of widths 128, 256 and 512, batch normalisation before the later ones; "
+        "suffixes D<depth> W<width of the first> and the norms of ConvNet"
+    )
+    families = {"ConvNet": convnet, "FRePoNet": widening}
+    return families | {name: line for name, (line, _) in _OTHERS.items()}
 
 
 def build(
@@ -115,6 +121,8 @@ def _constructor(name: str) -> _Constructor:
         return _OTHERS[name][1]
     if name.startswith("ConvNet"):
         return partial(ConvNet, **convnet_options(name)._asdict())
+    if name.startswith("FRePoNet"):
+        return partial(FRePoNet, **widening_options(name))
     by_lower_case = {known.lower(): known for known in names()}
     near = difflib.get_close_matches(name.lower(), by_lower_case, n=1, cutoff=0.0)
     raise ValueError(

@@ -19,14 +19,29 @@ class FanOutConv2d(nn.Conv2d):
     """
 
 
+class LeCunConv2d(nn.Conv2d):
+    """A convolution whose weights start as N(0, 1 / sqrt(fan_in)), its biases as 0, as in Flax.
+
+    The normal distribution is cut off at two standard deviations and widened to keep its variance.
+    """
+
+
+class LeCunLinear(nn.Linear):
+    """A linear layer that starts as :class:`LeCunConv2d`."""
+
+
+_LECUN = (LeCunConv2d, LeCunLinear)
+_CUT, _CUT_DEVIATION = 2.0, 0.87962566103423978  # standard deviation of N(0, 1) within +-2
+
+
 @torch.no_grad()
 def initialise(net: nn.Module, generator: torch.Generator) -> None:
     """Draw every parameter of ``net`` anew, in place, from the distributions of its layers.
 
     They are PyTorch's defaults. Weights and biases of linear and convolutional layers: uniform
     between -1/sqrt(fan_in) and 1/sqrt(fan_in), where fan_in counts the inputs of one output.
-    Normalisations: weight 1, bias 0, running statistics as new. One layer has a rule of its own,
-    the convolution of ResNetAP (:class:`FanOutConv2d`).
+    Normalisations: weight 1, bias 0, running statistics as new. The convolution of ResNetAP
+    (:class:`FanOutConv2d`) and the layers of FRePo (:class:`LeCunConv2d`) have rules of their own.
 
     The generator is a CPU one wherever the network lives, and the draws do not depend on the
     network's device or memory format: they are made on the CPU in the dtype of the parameter and
@@ -57,6 +72,11 @@ def initialise(net: nn.Module, generator: torch.Generator) -> None:
     for module in modules:
         if isinstance(module, _WEIGHTED):
             bound = 1.0 / math.sqrt(math.prod(module.weight.shape[1:]))
+            if isinstance(module, _LECUN):
+                _cut_normal(module.weight, bound, generator)
+                if module.bias is not None:
+                    module.bias.zero_()
+                continue
             if isinstance(module, FanOutConv2d):
                 area = math.prod(module.kernel_size)
                 _normal(module.weight, math.sqrt(2 / (area * module.out_channels)), generator)
@@ -84,6 +104,38 @@ def _uniform(parameter: Tensor, bound: float, generator: torch.Generator) -> Non
 def _normal(parameter: Tensor, deviation: float, generator: torch.Generator) -> None:
     drawn = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
     parameter.copy_(drawn.normal_(0, deviation, generator=generator))
+
+
+def _cut_normal(parameter: Tensor, deviation: float, generator: torch.Generator) -> None:
+    """A normal distribution within two standard deviations, by its inverse distribution."""
+    most = math.erf(_CUT / math.sqrt(2))
+    drawn = torch.empty(parameter.shape, dtype=parameter.dtype, device="cpu")
+    drawn.uniform_(-most, most, generator=generator).erfinv_().mul_(math.sqrt(2))
+    parameter.copy_(drawn.mul_(deviation / _CUT_DEVIATION))
+
+
+@torch.no_grad()
+def initialise_wide(
+    net: nn.Module, generator: torch.Generator, weight_var: float = 2.0, bias_var: float = 0.01
+) -> None:
+    """Draw weights as the kernels of infinitely wide networks suppose them, in place.
+
+    Linear and convolutional layers: weights N(0, weight_var / fan_in), biases N(0, bias_var). All
+    else as :func:`initialise`.
+
+    Raises:
+        TypeError, ValueError: as :func:`initialise`; a variance that is negative or not finite.
+    """
+    for name, value in (("weight_var", weight_var), ("bias_var", bias_var)):
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name}: got {value!r}, expected a finite number of at least 0")
+    initialise(net, generator)
+    for module in net.modules():
+        if isinstance(module, _WEIGHTED):
+            fan_in = math.prod(module.weight.shape[1:])
+            _normal(module.weight, math.sqrt(weight_var / fan_in), generator)
+            if module.bias is not None:
+                _normal(module.bias, math.sqrt(bias_var), generator)
 
 
 def has_batchnorm(net: nn.Module) -> bool:

@@ -43,22 +43,43 @@ SUFFIXES = (
 )
 
 
-def convnet_options(name: str) -> ConvNetOptions:
+def widening_options(name: str) -> dict[str, Any]:
+    """Read a FRePoNet name: the suffixes of depth, width and norm; batch normalisation if none.
+
+    >>> widening_options("FRePoNetD2W32")
+    {'depth': 2, 'width': 32, 'norm': 'batchnorm'}
+
+    Raises:
+        ValueError: as `convnet_options`; another activation or pooling.
+    """
+    options = convnet_options(name, "FRePoNet", norm="batchnorm")
+    defaults = ConvNetOptions()
+    if (options.activation, options.pooling) != (defaults.activation, defaults.pooling):
+        raise ValueError(
+            f"the network name {name!r} has an activation or pooling, and FRePoNet has ReLU and "
+            "average pooling always"
+        )
+    return {"depth": options.depth, "width": options.width, "norm": options.norm}
+
+
+def convnet_options(
+    name: str, prefix: str = "ConvNet", norm: str = "instancenorm"
+) -> ConvNetOptions:
     """Read a ConvNet name: ``ConvNet`` and any suffixes, in any order, each setting at most once.
 
     >>> convnet_options("ConvNetD4BN")
     ConvNetOptions(depth=4, width=128, norm='batchnorm', activation='relu', pooling='avgpooling')
 
     The depth is 3 unless the name says otherwise, whatever the image size (the field writes
-    ``ConvNetD4`` for 64x64 images and ``ConvNetD5`` for 128x128).
+    ``ConvNetD4`` for 64x64 images and ``ConvNetD5`` for 128x128). `norm` is that of names
+    that give none, `prefix` what they start with.
 
     Raises:
         ValueError: the name does not start with ``ConvNet``, a suffix is not known, or two
             suffixes contradict or repeat each other.
     """
-    prefix = "ConvNet"
     if not name.startswith(prefix):
-        raise ValueError(f"the name of a ConvNet starts with {prefix!r}, got {name!r}")
+        raise ValueError(f"the name of a {prefix} starts with {prefix!r}, got {name!r}")
     chosen: dict[str, Any] = {}
     at = len(prefix)
     while at < len(name):
@@ -81,4 +102,4 @@ def convnet_options(name: str) -> ConvNetOptions:
             )
         chosen[setting] = value
         at = match.end()
-    return ConvNetOptions()._replace(**chosen)
+    return ConvNetOptions(norm=norm)._replace(**chosen)

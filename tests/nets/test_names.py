@@ -96,7 +96,7 @@ def test_the_order_of_suffixes_does_not_matter(
         ("ConvNetBNX", "cannot read 'X' in"),
         ("ConvNet-3", "cannot read '-3' in"),
         ("ConvNetbn", "cannot read 'bn' in .* ASwish"),
-        ("ResNet18BNAP", "did you mean 'ResNet18BN_AP'. Known: ConvNet, MLP, LeNet"),
+        ("ResNet18BNAP", "did you mean 'ResNet18BN_AP'. Known: ConvNet, FRePoNet, MLP, LeNet"),
         ("resnet18", "did you mean 'ResNet18'"),
         ("Convnet", "did you mean 'ConvNet'"),
         ("LeNet5", "did you mean 'LeNet'.* ResNetAP18, where ConvNet takes suffixes: D<depth>"),
@@ -116,7 +116,7 @@ def test_every_listed_name_builds_and_is_described() -> None:
         net = build(name, 1, 2, 32)
         sizes.add((name, type(net).__name__, sum(p.numel() for p in net.parameters())))
         assert net(torch.ones(2, 1, 32, 32)).shape == (2, 2)
-    assert len(sizes) == len(names()) == 14
+    assert len(sizes) == len(names()) == 15
 
 
 def test_depth_does_not_follow_the_size() -> None:
