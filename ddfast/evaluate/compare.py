@@ -73,7 +73,8 @@ def evaluate(
     for the full data with about as many SGD steps (see `ddfast.evaluate.steps_matched`). An
     artefact with a decoder is decoded first; what counts for the selections is what it stores,
     hallucinators or coefficients as so many images as would take the same storage. A learned
-    learning rate is used with the distilled set by the protocols whose method learns one.
+    learning rate is used with the distilled set by the protocols whose method learns one. Where
+    the artefact is whitened, all other images are seen through its whitening.
 
     Args:
         distilled: an artefact (one with other constants is converted); or a pair of images,
@@ -99,6 +100,7 @@ def evaluate(
         NotFinite: a training came to values that are not finite; the message names it.
     """
     folder = None if out is None else opened(out)
+    dataset = _seen_alike(distilled, dataset)
     names = _checked_models(models, dataset)
     for what, value in (("num_eval", num_eval), ("selections", selections)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
@@ -255,9 +257,21 @@ def _own_sets(
             f"{_shape(dataset)}"
         )
     decoded = distilled.decoded()
-    images, soft = decoded.normalised(dataset.mean, dataset.std), decoded.soft_labels
+    images, soft = decoded.images, decoded.soft_labels
+    if distilled.whitening is None:
+        images = decoded.normalised(dataset.mean, dataset.std)
     hard = (images, decoded.labels)
     return _as_images(distilled, dataset), hard, None if soft is None else (images, soft)
+
+
+def _seen_alike(distilled: Artefact | TrainingSet, dataset: Dataset) -> Dataset:
+    """The data set, whose images are normalised and whitened as those of a whitened artefact."""
+    if not isinstance(distilled, Artefact) or distilled.whitening is None:
+        return dataset
+    if (distilled.channels, distilled.size) != (dataset.channels, dataset.size):
+        return dataset  # refused in a moment
+    mean, std = tuple(distilled.mean), tuple(distilled.std)
+    return dataclasses.replace(dataset, mean=mean, std=std, whitening=distilled.whitening)
 
 
 def _as_images(distilled: Artefact, dataset: Dataset) -> Tensor:
