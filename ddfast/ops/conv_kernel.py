@@ -195,8 +195,8 @@ def _bwd_cpu(
     if dx is not None or dy is not None:
         grad = grad.to(wide.dtype).contiguous()
         _call_compiled(compiled, wide, other, *network, grad, dx, dy)
-    nothing = wide.new_empty(0)
-    return _as_inputs((nothing if dx is None else dx, nothing if dy is None else dy), x, y)
+    found = [wide.new_empty(0) if t is None else t for t in (dx, dy)]
+    return _as_inputs((found[0], found[1]), x, y)
 
 
 def _bwd_cuda(
