@@ -64,8 +64,9 @@ def targets(
     for begin in range(0, len(indices), most):
         here = slice(begin, min(begin + most, len(indices)))
         rows = indices[here]
-        pixels = run.real_images[rows.to(run.real_images.device)].to(run.device)
-        images = run.dataset.normalised(pixels, support.dtype)
+        # Rounded as the support set is: an image that it began with has the very same numbers. A
+        # kernel's slope is infinite there, and of pairs a rounding apart it would be noise.
+        images = run.real(rows).to(support.dtype)
         if augment is not None:
             images = augment(images, here)
         labels = run.dataset.train_labels[rows].to(run.device)
