@@ -155,13 +155,14 @@ def figures(name: str, dataset_name: str, ipc: int) -> dict[str, Any]:
         artefact = distill(name, dataset, config, run, progress=False, device="cpu")
         lines = (run / "log.jsonl").read_text().splitlines()
         seconds += json.loads(lines[-1])["seconds"]
-        report = evaluate(artefact, dataset, MODEL, method.protocol, progress=False, device="cpu")
+        model = artefact.config["kernel"] if method.protocol == "krr" else MODEL
+        report = evaluate(artefact, dataset, model, method.protocol, progress=False, device="cpu")
     rows = {row.name: str(row.accuracy) for row in report.rows}
     return {
         "method": name,
         "dataset": dataset_name,
         "ipc": ipc,
-        "model": MODEL,
+        "model": model,
         "iterations": config.iterations,
         "protocol": method.protocol,
         "random": rows["random selection"],
