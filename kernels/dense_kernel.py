@@ -1,14 +1,14 @@
 """Triton kernels of `dense_kernel`: a tile of pairs, all layers in registers, and its gradient.
 
 A program of the first kernel makes one tile of covariances (by a matrix product, in float64 by
-torch's) and passes all layers over it before it is written. Of a set with itself the upper tiles are
-computed and mirrored. A program of the second turns a tile of the cotangent into one by the
-covariances of the first layer, recomputing the layers instead of keeping them, and adds up what goes
-through the variances; two products of torch finish. No atomics: the same bits in every run.
+torch's) and passes all layers over it before it is written. Of a set with itself the upper tiles
+are computed and mirrored. A program of the second turns a tile of the cotangent into one by the
+covariances of the first layer, recomputing the layers instead of keeping them, and adds up what
+goes through the variances; two products of torch finish. No atomics: the same bits in every run.
 
-The first product is in full float32 whatever torch allows for matrix products: an NTK loses half the
-digits that its covariances lose. Pairs that are close are compared value by value, because equal
-rows have a correlation of exactly one.
+The first product is in full float32 whatever torch allows for matrix products: an NTK loses half
+the digits that its covariances lose. Pairs that are close are compared value by value, because
+equal rows have a correlation of exactly one.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ import math
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from ddfast.kernels.arc_cosine import order0_of, order1_of, part_of, slopes_of
 from ddfast.kernels.dense_kernel_parts import covariances, equal_rows, pair, variances_of
+from torch import Tensor
+
 from ddfast.reference.dense_kernel import common_dtype, variances
 
 #: Sides of a tile that leave everything in registers.
