@@ -106,6 +106,10 @@ def settings_of(method: str, dataset: str, ipc: int) -> dict[str, Any]:
     if method == "linba" and dataset == "generated":
         found |= {"iterations": 150, "inner_steps": 30, "inner_lr": 0.02, "lr_img": 0.3}
         found |= {"init": "real", "batch_per_class": 10}
+    if method == "frepo":
+        found["model"] = "FRePoNetD2W32"
+        if dataset == "generated":  # the digits' settings
+            found |= {"iterations": 500, "lr_img": 1e-2}
     return found
 
 
