@@ -106,6 +106,12 @@ def settings_of(method: str, dataset: str, ipc: int) -> dict[str, Any]:
     if method == "linba" and dataset == "generated":
         found |= {"iterations": 150, "inner_steps": 30, "inner_lr": 0.02, "lr_img": 0.3}
         found |= {"init": "real", "batch_per_class": 10}
+    if method in ("kip", "ls") and dataset == "generated":  # the digits' settings
+        found |= {"kernel": "ntk-fc3", "iterations": 200 if method == "kip" else 1}
+    if method == "rfad":
+        found["model"] = "ConvNetD2W32NN"
+        if dataset == "generated":  # the digits' settings
+            found |= {"iterations": 400, "lr_img": 3e-3}
     if method == "frepo":
         found["model"] = "FRePoNetD2W32"
         if dataset == "generated":  # the digits' settings

@@ -64,13 +64,18 @@ class Config(infinite_width.Config):
         return (LABELS,) if self.learn_labels else ()
 
     def published(self, dataset: Dataset) -> Mapping[str, Any]:
-        """KIP's ConvNet of four layers, NTK, 50000 iterations from real images, lr_img 0.04."""
+        """KIP's ConvNet of four layers, NTK, 50000 iterations from real images, lr_img 0.04.
+
+        For digits the NTK of three fully connected layers and 200 iterations: on a split of their
+        training images 96.1 % at ipc 1 (after 1000 the same) and 98.3 at ipc 10.
+        """
+        digits = dataset.name == "digits"
         return {
             **super().published(dataset),
-            "kernel": "ntk-kip_convnet",
+            "kernel": "ntk-fc3" if digits else "ntk-kip_convnet",
             "dtype": "float64",
             "init": "real",
-            "iterations": 50_000,
+            "iterations": 200 if digits else 50_000,
             "lr_img": 4e-2,
             "lr_labels": 4e-2 if self.lr_img is None else self.lr_img,
         }

@@ -42,7 +42,7 @@ class Config(infinite_width.Config):
         """KIP's ConvNet of four layers, NTK, real images."""
         return {
             **super().published(dataset),
-            "kernel": "ntk-kip_convnet",
+            "kernel": "ntk-fc3" if dataset.name == "digits" else "ntk-kip_convnet",
             "dtype": "float64",
             "init": "real",
             "iterations": 1,

@@ -91,8 +91,8 @@ class Config(Shared):
             **super().published(dataset),
             "model": DIGITS_MODEL if digits else f"{convnet_of(dataset.size)}W256NN",
             "init": "real",
-            "iterations": 100_000,
-            "lr_img": 1e-3,
+            "iterations": 400 if digits else 100_000,
+            "lr_img": 3e-3 if digits else 1e-3,
             "loss": "platt",
             "transform": pixels,
         }
