@@ -111,7 +111,7 @@ def test_no_layers_is_a_product(kind):
 @pytest.mark.parametrize("readout", ["flatten", "gap"])
 @pytest.mark.parametrize("bias_var", [0.0, 0.01])
 def test_equal_opposite_and_empty_images(backend, dtype, readout, bias_var):
-    """Where patches are parallel or zero, angles have no derivative: none is made up, none is NaN."""
+    """Where patches are parallel or zero, angles have no derivative: none made up, none NaN."""
     x = draw(6, 2, 8, 8, dtype=dtype)
     x[2], x[3], x[4] = x[0], -x[1], 0.0
     x[5, :, 3:] = 0.0  # half an image without anything
