@@ -6,7 +6,11 @@ operations, gradients by autograd. What it needs of the images' own covariances 
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import sys
+import time
+import types
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -134,12 +138,19 @@ def matrix_and_gradient(
 def neural_tangents(
     x: Tensor, y: Tensor, pools: Sequence[bool], readout: str
 ) -> tuple[Callable[[], Any], Callable[[], Any]] | None:
-    """The same two by neural-tangents on one CPU thread, or None where it cannot be imported."""
+    """The same two by neural-tangents on one CPU thread, or None where it cannot be imported.
+
+    Its package does not import on recent versions of jax; `stax`, all that is needed, does.
+    """
     try:
+        if "neural_tangents" not in sys.modules:
+            found = importlib.util.find_spec("neural_tangents")
+            assert found is not None
+            package = types.ModuleType("neural_tangents")
+            package.__path__ = list(found.submodule_search_locations or [])
+            sys.modules["neural_tangents"] = package
         import jax
         import jax.numpy as jnp
-
-        jax.config.update("jax_cpu_enable_async_dispatch", False)  # so that its time is ours
         from neural_tangents import stax
     except Exception:
         return None
@@ -154,14 +165,18 @@ def neural_tangents(
     layers.append(stax.GlobalAvgPool() if readout == "gap" else stax.Flatten())
     layers.append(stax.Dense(1, W_std=WEIGHT_VAR**0.5, b_std=BIAS_VAR**0.5))
     kernel = jax.jit(lambda a, b: stax.serial(*layers)[2](a, b, "ntk"))
-    both = jax.jit(jax.value_and_grad(lambda b, a: kernel(a, b).sum()))
+    both = jax.jit(jax.grad(lambda b, a: (lambda k: (k.sum(), k))(kernel(a, b)), has_aux=True))
     a, b = (jnp.asarray(t.detach().permute(0, 2, 3, 1).numpy()) for t in (x, y))
 
     def forward() -> Tensor:
         return torch.from_dlpack(kernel(a, b).block_until_ready()).clone()
 
-    def gradient() -> Tensor:
-        found = both(b, a)[1].block_until_ready()
-        return torch.from_dlpack(found).clone().permute(0, 3, 1, 2)
+    def gradient() -> tuple[Tensor, Tensor]:
+        by_b, value = both(b, a)
+        by_b.block_until_ready()
+        found = torch.from_dlpack(by_b).clone().permute(0, 3, 1, 2)
+        return torch.from_dlpack(value).clone(), found
 
+    # jax works in threads of its own: all of the process's time is what it takes.
+    forward.clock = gradient.clock = time.process_time  # type: ignore[attr-defined]
     return forward, gradient

@@ -33,18 +33,23 @@ template <bool Ntk, bool Shared, typename T> struct conv_backward_walk : conv_wa
     const conv_stage &now = plan.stage[s];
     const bool is_last = l + 1 == now.layers, is_first = s == 0 && l == 0;
     const bool own = variances && plane.a == 0 && plane.b == 0;
-    const T scale = T(plan.scale(now.first + l)), bias = T(plan.bias_var);
-    const int64_t position = now.position + l * now.height * now.width;
+    const auto at = this->layer_at(s, l, plane);
     conv_phase down[2], across[2];
     int downs = 0, acrosses = 0;
+    conv_columns columns = {0, 1, plane.columns};
+    conv_rows<T> sources[2][2];
     if (is_last && now.pooled) {
-      downs = conv_phases(plane.a, plan.stage[s + 1].height, plan.stage[s + 1].reach_h, down);
-      acrosses = conv_phases(plane.b, plan.stage[s + 1].width, plan.stage[s + 1].reach_w, across);
+      const conv_stage &behind = plan.stage[s + 1];
+      downs = conv_phases(plane.a, behind.height, behind.reach_h, down);
+      acrosses = conv_phases(plane.b, behind.width, behind.reach_w, across);
+      columns = conv_columns_of(across, acrosses);
+      for (int v = 0; v < downs; ++v)
+        for (int h = 0; h < acrosses; ++h)
+          sources[v][h] = m.storage[s + 1].from(behind.plane(down[v].offset, across[h].offset));
     }
 
-    // The gradient by the ReLU's row i, or false if it is zero; columns in steps from start on.
-    const auto arrive = [&](int64_t i, int64_t *start, int64_t *step, int64_t *count, conv_rows<T> *grad) {
-      *start = 0, *step = 1, *count = plane.columns;
+    // The gradient by row i of the ReLU's results, or false if it is zero.
+    const auto arrive = [&](int64_t i, conv_rows<T> *grad) {
       *grad = m.row2;
       if (!is_last) {
         *grad = m.adjoint.from(i * plane.columns);
@@ -55,46 +60,35 @@ template <bool Ntk, bool Shared, typename T> struct conv_backward_walk : conv_wa
         fill(m.row2, cotangent, plane.columns);
         return true;
       }
-      const conv_phase *vertical = nullptr;
       int64_t from = 0;
-      if (!conv_row(down, downs, i, &vertical, &from) || acrosses == 0) return false;
-      for (const conv_phase *p = across; p < across + acrosses; ++p) {
-        const conv_stage &behind = plan.stage[s + 1];
-        const conv_rows<T> source = m.storage[s + 1].from(behind.plane(vertical->offset, p->offset) +
-                                                          from * behind.columns(p->offset));
-        spread(source.k, *p, m.row2.k);
-        if (Ntk) spread(source.t, *p, m.row2.t);
-      }
-      if (acrosses == 2) {
-        *count = across[0].count + across[1].count;
-      } else {
-        *start = across[0].start;
-        *step = across[0].both ? 1 : 2;
-        *count = across[0].both ? 2 * across[0].count : across[0].count;
+      const int v = conv_phase_of(down, downs, i, &from);
+      if (v < 0 || acrosses == 0) return false;
+      for (int h = 0; h < acrosses; ++h) {
+        const conv_rows<T> source = sources[v][h].from(from * plan.stage[s + 1].columns(across[h].offset));
+        spread(source.k, across[h], m.row2.k);
+        if (Ntk) spread(source.t, across[h], m.row2.t);
       }
       return true;
     };
 
     // Row i on its way through the ReLU, and the sums of its neighbours.
     const auto relu = [&](int64_t i, conv_three<T> k, conv_three<T> t, conv_rows<T> out) {
-      int64_t start, step, count;
       conv_rows<T> grad;
-      const bool any = arrive(i, &start, &step, &count, &grad);
-      if (!any || count < plane.columns) fill(m.row, vector<T>{}, plane.columns);
-      const int64_t at = position + i * plane.stride;
+      const bool any = arrive(i, &grad);
+      if (!any || columns.count < plane.columns) fill(m.row, vector<T>{}, plane.columns);
       if (any) {
-        vector<T> *by_x = m.by_norms_x ? m.by_norms_x + at + plane.x : nullptr;
-        vector<T> *by_y = m.by_norms_y ? m.by_norms_y + at + plane.y : nullptr;
-        const conv_norms<T> by = this->norms(s, l, plane, i);
+        vector<T> *by_x = m.by_norms_x ? m.by_norms_x + at.x + i * at.stride : nullptr;
+        vector<T> *by_y = m.by_norms_y ? m.by_norms_y + at.y + i * at.stride : nullptr;
+        const conv_norms<T> by = at.norms(m, i);
         if (is_first)
-          conv_relu_back<true, Ntk, Shared>(k, t, scale, bias, by, start, step, count, grad, m.row, by_x, by_y);
+          conv_relu_back<true, Ntk, Shared>(k, t, at.scale, at.bias, by, columns, grad, m.row, by_x, by_y);
         else
-          conv_relu_back<false, Ntk, Shared>(k, t, scale, bias, by, start, step, count, grad, m.row, by_x, by_y);
+          conv_relu_back<false, Ntk, Shared>(k, t, at.scale, at.bias, by, columns, grad, m.row, by_x, by_y);
       }
       if (own)
-        for (int64_t j = 0; j < plane.columns; ++j) {
-          const vector<T> inverse = read(m.x.inverse + (at + j) * width_of<T>);
-          m.row.k[j] += m.by_variance[at + j] + m.by_norms_x[at + j] * (inverse * inverse * T(0.5));
+        for (int64_t j = 0, p = at.x + i * at.stride; j < plane.columns; ++j, ++p) {
+          const vector<T> inverse = read(m.x.inverse + p * width_of<T>);
+          m.row.k[j] += m.by_variance[p] + m.by_norms_x[p] * (inverse * inverse * T(0.5));
         }
       conv_neighbours<T>(plane.columns, [&](int64_t j) { return m.row.k[j]; }, out.k);
       if (Ntk && !is_first) conv_neighbours<T>(plane.columns, [&](int64_t j) { return m.row.t[j]; }, out.t);
@@ -106,14 +100,14 @@ template <bool Ntk, bool Shared, typename T> struct conv_backward_walk : conv_wa
         const T *pixels_x = conv_at<Shared>(m.x.pixels, x), *pixels_y = conv_at<false>(m.y.pixels, y);
         vector<T> *by_x = m.by_pixels_x ? m.by_pixels_x + x : nullptr;
         vector<T> *by_y = m.by_pixels_y ? m.by_pixels_y + y : nullptr;
-        if (c == 3) return conv_products_back<3, Shared>(pixels_x, pixels_y, c, plane.columns, k, scale, by_x, by_y);
-        if (c == 1) return conv_products_back<1, Shared>(pixels_x, pixels_y, c, plane.columns, k, scale, by_x, by_y);
-        return conv_products_back<0, Shared>(pixels_x, pixels_y, c, plane.columns, k, scale, by_x, by_y);
+        if (c == 3) return conv_products_back<3, Shared>(pixels_x, pixels_y, c, plane.columns, k, at.scale, by_x, by_y);
+        if (c == 1) return conv_products_back<1, Shared>(pixels_x, pixels_y, c, plane.columns, k, at.scale, by_x, by_y);
+        return conv_products_back<0, Shared>(pixels_x, pixels_y, c, plane.columns, k, at.scale, by_x, by_y);
       }
       const conv_rows<T> out = (l == 0 ? m.storage[s].from(plane.at) : m.adjoint).from(i * plane.columns);
-      for (int64_t j = 0; j < plane.columns; ++j) out.k[j] = k.sum(j) * scale;
+      for (int64_t j = 0; j < plane.columns; ++j) out.k[j] = k.sum(j) * at.scale;
       if (Ntk)
-        for (int64_t j = 0; j < plane.columns; ++j) out.t[j] = t.sum(j) * scale;
+        for (int64_t j = 0; j < plane.columns; ++j) out.t[j] = t.sum(j) * at.scale;
     };
 
     // Two waves: a row of the way back needs three of the way forth, and leaves a row later.

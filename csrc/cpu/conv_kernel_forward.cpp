@@ -29,35 +29,43 @@ template <bool Ntk, bool Shared, typename T> struct conv_forward_walk : conv_wal
   using conv_walk<Ntk, Shared, T>::conv_walk;
   conv_total<T> k_total, t_total;
 
-  // A row behind a pool receives `count` pairs, or sums of two.
-  static DDFAST_INLINE void receive(const vector<T> *row, bool two, bool opens, int64_t count, vector<T> *out) {
+  // A row behind a pool receives `count` pairs, every `step`-th, or sums of two.
+  static DDFAST_INLINE void receive(const vector<T> *row, int64_t step, bool two, bool opens, int64_t count,
+                                    vector<T> *out) {
     if (two)
       for (int64_t j = 0; j < count; ++j) out[j] += row[2 * j] + row[2 * j + 1];
     else if (opens)
-      for (int64_t j = 0; j < count; ++j) out[j] = row[j];
+      for (int64_t j = 0; j < count; ++j) out[j] = row[step * j];
     else
-      for (int64_t j = 0; j < count; ++j) out[j] += row[j];
+      for (int64_t j = 0; j < count; ++j) out[j] += row[step * j];
   }
 
   // The last layer of a stage that a pool follows.
   void pooled(int s, int l, const conv_plane &plane) {
     const conv_stage &behind = plan.stage[s + 1];
+    const auto layer = this->layer_at(s, l, plane);
     conv_phase down[2], across[2];
     const int downs = conv_phases(plane.a, behind.height, behind.reach_h, down);
     const int acrosses = conv_phases(plane.b, behind.width, behind.reach_w, across);
+    const conv_columns columns = conv_columns_of(across, acrosses);
+    conv_rows<T> targets[2][2];
+    for (int v = 0; v < downs; ++v)
+      for (int h = 0; h < acrosses; ++h)
+        targets[v][h] = m.storage[s + 1].from(behind.plane(down[v].offset, across[h].offset));
     this->rows(
         plane, m.ring, [&](int64_t i, conv_rows<T> out) { this->enter(s, l, plane, i, out); },
         [&](int64_t i, conv_three<T> k, conv_three<T> t) {
-          const conv_phase *vertical = nullptr;
           int64_t to = 0;
-          if (!conv_row(down, downs, i, &vertical, &to)) return;
-          for (const conv_phase *p = across; p < across + acrosses; ++p) {
-            this->relu(s, l, plane, i, k, t, p->start, p->both ? 1 : 2, p->both ? 2 * p->count : p->count, m.row);
-            const conv_rows<T> out = m.storage[s + 1].from(behind.plane(vertical->offset, p->offset) +
-                                                           to * behind.columns(p->offset));
-            const bool opens = vertical->opens && p->opens;
-            receive(m.row.k, p->both, opens, p->count, out.k);
-            if (Ntk) receive(m.row.t, p->both, opens, p->count, out.t);
+          const int v = conv_phase_of(down, downs, i, &to);
+          if (v < 0) return;
+          this->relu(layer, i, k, t, columns, m.row);
+          for (int h = 0; h < acrosses; ++h) {
+            const conv_phase &phase = across[h];
+            const conv_rows<T> out = targets[v][h].from(to * behind.columns(phase.offset));
+            const conv_rows<T> from = m.row.from(acrosses == 2 ? phase.start : 0);
+            const bool opens = down[v].opens && phase.opens;
+            receive(from.k, acrosses, phase.both, opens, phase.count, out.k);
+            if (Ntk) receive(from.t, acrosses, phase.both, opens, phase.count, out.t);
           }
         });
   }
@@ -74,10 +82,11 @@ template <bool Ntk, bool Shared, typename T> struct conv_forward_walk : conv_wal
       for (int64_t i = 0; i < plane.rows; ++i)
         read(m.storage[s].from(plane.at + i * plane.columns), plane.columns, &k_sum, &t_sum);
     } else {
+      const auto layer = this->layer_at(s, l, plane);
       this->rows(
           plane, m.ring, [&](int64_t i, conv_rows<T> out) { this->enter(s, l, plane, i, out); },
           [&](int64_t i, conv_three<T> k, conv_three<T> t) {
-            this->relu(s, l, plane, i, k, t, 0, 1, plane.columns, m.row);
+            this->relu(layer, i, k, t, {0, 1, plane.columns}, m.row);
             read(m.row, plane.columns, &k_sum, &t_sum);
           });
     }
@@ -100,16 +109,15 @@ template <bool Ntk, bool Shared, typename T> struct conv_forward_walk : conv_wal
     const conv_stage &now = plan.stage[s];
     const conv_plane plane = conv_plane_of(now, 0, 0);
     for (int l = 0; l < now.layers; ++l) {
-      const T scale = T(plan.scale(now.first + l)), bias = T(plan.bias_var);
-      const int64_t first = now.position + l * now.height * now.width;
+      const auto layer = this->layer_at(s, l, plane);
       this->rows(
           plane, m.ring, [&](int64_t i, conv_rows<T> out) { this->enter(s, l, plane, i, out); },
           [&](int64_t i, conv_three<T> k, conv_three<T>) {
             for (int64_t j = 0; j < plane.columns; ++j) {
               const int64_t at = i * plane.columns + j;
-              const vector<T> v = k.sum(j) * scale + bias;
-              m.variances[first + at] = v;
-              conv_norms_of(v, m.x.inverse + (first + at) * width_of<T>, m.x.root + (first + at) * width_of<T>);
+              const vector<T> v = k.sum(j) * layer.scale + layer.bias;
+              m.variances[layer.x + at] = v;
+              conv_norms_of(v, m.x.inverse + (layer.x + at) * width_of<T>, m.x.root + (layer.x + at) * width_of<T>);
               if (l + 1 < now.layers) m.input(l + 1).k[at] = v;  // 2 S = V
             }
           });

@@ -125,16 +125,26 @@ inline int conv_phases(int64_t offset, int64_t size, int64_t reach, conv_phase *
   return found;
 }
 
-// What becomes of one row: nothing, or it goes to row `row` behind the pool.
-inline bool conv_row(const conv_phase *phases, int count, int64_t i, const conv_phase **phase, int64_t *row) {
+// Which phase row i is of, and which row behind the pool it goes to; -1: none.
+inline int conv_phase_of(const conv_phase *phases, int count, int64_t i, int64_t *row) {
   for (int k = 0; k < count; ++k) {
     const int64_t at = phases[k].both ? i : i - phases[k].start;
     if (at < 0 || (!phases[k].both && at % 2 != 0) || at / 2 >= phases[k].count) continue;
-    *phase = phases + k;
     *row = at / 2;
-    return true;
+    return k;
   }
-  return false;
+  return -1;
+}
+
+// The columns that any phase takes: `count` of them from `start` on in steps of `step`.
+struct conv_columns {
+  int64_t start, step, count;
+};
+
+inline conv_columns conv_columns_of(const conv_phase *phases, int count) {
+  if (count == 0) return {0, 1, 0};
+  if (count == 2) return {0, 1, phases[0].count + phases[1].count};
+  return {phases[0].start, phases[0].both ? 1 : 2, phases[0].both ? 2 * phases[0].count : phases[0].count};
 }
 
 }  // namespace DDFAST_LEVEL

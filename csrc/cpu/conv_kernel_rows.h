@@ -95,12 +95,11 @@ template <typename T> struct conv_norms {
   const T *inverse_x, *root_x, *inverse_y, *root_y;
 };
 
-// `count` pairs from `start` on in steps of `step` through the convolution's second half and the ReLU,
-// side by side into out. First: of the network, where T is K.
+// Some columns through the convolution's second half and the ReLU, side by side into out. First: of the network, where T is K.
 template <bool First, bool Ntk, bool Shared, typename T>
-inline void conv_relu(conv_three<T> k, conv_three<T> t, T scale, T bias, conv_norms<T> norms, int64_t start,
-                      int64_t step, int64_t count, conv_rows<T> out) {
-  for (int64_t n = 0, j = start; n < count; ++n, j += step) {
+inline void conv_relu(conv_three<T> k, conv_three<T> t, T scale, T bias, conv_norms<T> norms, conv_columns columns,
+                      conv_rows<T> out) {
+  for (int64_t n = 0, j = columns.start; n < columns.count; ++n, j += columns.step) {
     const vector<T> inverse = conv_read<Shared>(norms.inverse_x, j) * read(norms.inverse_y + j * width_of<T>);
     const vector<T> p = conv_read<Shared>(norms.root_x, j) * read(norms.root_y + j * width_of<T>);
     const vector<T> covariance = k.sum(j) * scale + bias;
@@ -110,13 +109,13 @@ inline void conv_relu(conv_three<T> k, conv_three<T> t, T scale, T bias, conv_no
   }
 }
 
-// The way back: from gradients g, h by the ReLU's K and T to those by the convolution's K and T before
-// its bias, of `count` pairs from `start` on. Adds those by log sqrt(V V') to by_x and by_y, unless null.
+// The way back: from gradients by the ReLU's K and T to those by the convolution's K and T before its
+// bias, of some columns. Adds those by log sqrt(V V') to by_x and by_y, unless null.
 template <bool First, bool Ntk, bool Shared, typename T>
-inline void conv_relu_back(conv_three<T> k, conv_three<T> t, T scale, T bias, conv_norms<T> norms, int64_t start,
-                           int64_t step, int64_t count, conv_rows<T> grad, conv_rows<T> out, vector<T> *by_x,
+inline void conv_relu_back(conv_three<T> k, conv_three<T> t, T scale, T bias, conv_norms<T> norms,
+                           conv_columns columns, conv_rows<T> grad, conv_rows<T> out, vector<T> *by_x,
                            vector<T> *by_y) {
-  for (int64_t n = 0, j = start; n < count; ++n, j += step) {
+  for (int64_t n = 0, j = columns.start; n < columns.count; ++n, j += columns.step) {
     const vector<T> inverse = conv_read<Shared>(norms.inverse_x, j) * read(norms.inverse_y + j * width_of<T>);
     const vector<T> p = conv_read<Shared>(norms.root_x, j) * read(norms.root_y + j * width_of<T>);
     const vector<T> covariance = k.sum(j) * scale + bias;

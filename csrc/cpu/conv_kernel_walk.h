@@ -44,31 +44,44 @@ template <bool Ntk, bool Shared, typename T> struct conv_walk {
     three(plane.rows - 1);
   }
 
-  // What row i of a plane is normalised by in layer `l` of stage `s`.
-  DDFAST_INLINE conv_norms<T> norms(int s, int l, const conv_plane &plane, int64_t i) const {
+  // Layer `l` of stage `s` over one plane: what its convolution multiplies by and adds, and where what
+  // its first row is normalised by lies.
+  struct layer_of_plane {
+    bool first;
+    T scale, bias;
+    int64_t x, y, stride;
+
+    DDFAST_INLINE conv_norms<T> norms(const conv_memory<T> &m, int64_t i) const {
+      const int64_t at_x = x + i * stride, at_y = y + i * stride;
+      return {conv_at<Shared>(m.x.inverse, at_x), conv_at<Shared>(m.x.root, at_x),
+              conv_at<false>(m.y.inverse, at_y), conv_at<false>(m.y.root, at_y)};
+    }
+  };
+
+  layer_of_plane layer_at(int s, int l, const conv_plane &plane) const {
     const conv_stage &stage = plan.stage[s];
-    const int64_t first = stage.position + l * stage.height * stage.width + i * plane.stride;
-    const int64_t x = first + plane.x, y = first + plane.y;
-    return {conv_at<Shared>(m.x.inverse, x), conv_at<Shared>(m.x.root, x), conv_at<false>(m.y.inverse, y),
-            conv_at<false>(m.y.root, y)};
+    const int64_t first = stage.position + l * stage.height * stage.width;
+    return {s == 0 && l == 0, T(plan.scale(stage.first + l)), T(plan.bias_var),
+            first + plane.x,  first + plane.y,                plane.stride};
   }
 
-  DDFAST_INLINE void relu(int s, int l, const conv_plane &plane, int64_t i, conv_three<T> k, conv_three<T> t,
-                          int64_t start, int64_t step, int64_t count, conv_rows<T> out) const {
-    const T scale = T(plan.scale(plan.stage[s].first + l)), bias = T(plan.bias_var);
-    const conv_norms<T> by = norms(s, l, plane, i);
-    if (s == 0 && l == 0)
-      conv_relu<true, Ntk, Shared>(k, t, scale, bias, by, start, step, count, out);
+  DDFAST_INLINE void relu(const layer_of_plane &layer, int64_t i, conv_three<T> k, conv_three<T> t,
+                          conv_columns columns, conv_rows<T> out) const {
+    const conv_norms<T> by = layer.norms(m, i);
+    if (layer.first)
+      conv_relu<true, Ntk, Shared>(k, t, layer.scale, layer.bias, by, columns, out);
     else
-      conv_relu<false, Ntk, Shared>(k, t, scale, bias, by, start, step, count, out);
+      conv_relu<false, Ntk, Shared>(k, t, layer.scale, layer.bias, by, columns, out);
   }
 
   // Layer `l`, which another one follows in its stage.
   void inner(int s, int l, const conv_plane &plane) const {
+    const layer_of_plane layer = layer_at(s, l, plane);
+    const conv_rows<T> out = m.input(l + 1);
     rows(
-        plane, m.ring, [&](int64_t i, conv_rows<T> out) { enter(s, l, plane, i, out); },
+        plane, m.ring, [&](int64_t i, conv_rows<T> sums) { enter(s, l, plane, i, sums); },
         [&](int64_t i, conv_three<T> k, conv_three<T> t) {
-          relu(s, l, plane, i, k, t, 0, 1, plane.columns, m.input(l + 1).from(i * plane.columns));
+          relu(layer, i, k, t, {0, 1, plane.columns}, out.from(i * plane.columns));
         });
   }
 };
