@@ -25,7 +25,8 @@ def named(name: str) -> Dataset:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in PROTOCOLS if name not in ("ncfm", "linba", "rat_bptt")]
+    "name",
+    [name for name in PROTOCOLS if name not in ("ncfm", "linba", "rat_bptt", "rfad", "frepo")],
 )
 def test_what_all_presets_share(name):
     chosen = protocol(name, named("CIFAR10"))
