@@ -69,7 +69,7 @@ def test_weights_are_a_cut_normal_distribution() -> None:
 
 @pytest.mark.parametrize("changes", ["D6", "MP", "AL", "X"])
 def test_names_that_cannot_be(changes) -> None:
-    with pytest.raises(ValueError, match="maximum depth|always|cannot read 'X' in .* 'FRePoNetX'"):
+    with pytest.raises(ValueError, match=r"maximum depth|always|cannot read 'X' in .* 'FRePoNetX'"):
         nets.build("FRePoNet" + changes, 3, 5, 32)
 
 
