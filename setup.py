@@ -1,7 +1,7 @@
 """Builds ddfast._C with ninja: each CPU kernel once per instruction-set level, torch not needed.
 
-DDFAST_NO_EXT=1 leaves the extension out (reference and Triton kernels only). CXX, CXXFLAGS and
-LDFLAGS are honoured.
+And ddfast._cuda, where nvcc is found. DDFAST_NO_EXT=1 leaves both out (reference and Triton kernels
+only), DDFAST_CUDA=0 the latter. CXX, CXXFLAGS, LDFLAGS and CUDA_HOME are honoured.
 """
 
 from __future__ import annotations
@@ -37,6 +37,15 @@ def compiler() -> list[str] | None:
         if shutil.which(name):
             return [name]
     return None
+
+
+def cuda_compiler() -> str | None:
+    """nvcc of $CUDA_HOME or on the path, if it is wanted."""
+    if os.environ.get("DDFAST_CUDA") == "0":
+        return None
+    home = os.environ.get("CUDA_HOME")
+    own = str(Path(home, "bin", "nvcc")) if home else ""
+    return own if own and shutil.which(own) else shutil.which("nvcc")
 
 
 def accepts(cxx: list[str], flags: list[str], source: str = "int main() { return 0; }\n") -> bool:
@@ -106,10 +115,50 @@ def ninja_text(cxx: list[str], objects_folder: Path, target: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def cuda_commands(nvcc: str, cxx: list[str], folder: Path, target: Path) -> list[list[str]]:
+    """What builds ddfast._cuda: code for sm_80 and sm_90, PTX for later ones, a static runtime."""
+    import pybind11
+
+    source = ROOT / "csrc" / "cuda"
+    kernels, module = folder / "conv_kernel.cuda.o", folder / "module.cuda.o"
+    architectures = [
+        "-gencode=arch=compute_80,code=sm_80",
+        "-gencode=arch=compute_90,code=[sm_90,compute_90]",
+    ]
+    common = ["-std=c++17", "-O3", "-DNDEBUG"]
+    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    device = [nvcc, "-ccbin", cxx[0], *architectures, "--threads=2", "-Xcompiler=-fPIC"]
+    module_flags = [*cxx, "-fPIC", "-fvisibility=hidden", *includes]
+    return [
+        [*device, *common, "-c", str(source / "conv_kernel.cu"), "-o", str(kernels)],
+        [*module_flags, *common, "-c", str(source / "module.cpp"), "-o", str(module)],
+        [*device, "-shared", "-cudart=static", str(kernels), str(module), "-o", str(target)],
+    ]
+
+
 class NinjaBuild(build_ext):
     """Runs ninja on the plan above in place of setuptools' own compile steps."""
 
+    def build_cuda(self, ext: Extension) -> None:
+        """Build ddfast._cuda; without it the reference answers, so a failure only warns."""
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        folder = Path(self.build_temp).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        nvcc, cxx = cuda_compiler(), compiler()
+        assert nvcc is not None and cxx is not None
+        for command in cuda_commands(nvcc, cxx, folder, target):
+            result = subprocess.run(command, capture_output=True, text=True)
+            if result.returncode:
+                warnings.warn(
+                    f"building ddfast._cuda failed, ddfast goes on without it: {result.stderr}",
+                    stacklevel=1,
+                )
+                return
+
     def build_extension(self, ext: Extension) -> None:
+        if ext.name == "ddfast._cuda":
+            return self.build_cuda(ext)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         folder = Path(self.build_temp).resolve()
         folder.mkdir(parents=True, exist_ok=True)
@@ -127,7 +176,7 @@ class NinjaBuild(build_ext):
 
 
 def extensions() -> list[Extension]:
-    """[ddfast._C], or [] where it is not wanted or cannot be built."""
+    """ddfast._C and, with nvcc, ddfast._cuda; [] where they are not wanted or cannot be built."""
     if os.environ.get("DDFAST_NO_EXT") == "1":
         return []
     if compiler() is None:
@@ -137,7 +186,10 @@ def extensions() -> list[Extension]:
             stacklevel=1,
         )
         return []
-    return [Extension("ddfast._C", sources=[])]
+    found = [Extension("ddfast._C", sources=[])]
+    if cuda_compiler() is not None:
+        found.append(Extension("ddfast._cuda", sources=[], optional=True))
+    return found
 
 
 # kernels/ lies at the top level of the checkout and installs as ddfast.kernels.

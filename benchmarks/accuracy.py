@@ -106,6 +106,10 @@ def settings_of(method: str, dataset: str, ipc: int) -> dict[str, Any]:
     if method == "linba" and dataset == "generated":
         found |= {"iterations": 150, "inner_steps": 30, "inner_lr": 0.02, "lr_img": 0.3}
         found |= {"init": "real", "batch_per_class": 10}
+    if method == "frepo":
+        found["model"] = "FRePoNetD2W32"
+        if dataset == "generated":  # the digits' settings
+            found |= {"iterations": 500, "lr_img": 1e-2}
     return found
 
 
@@ -155,13 +159,14 @@ def figures(name: str, dataset_name: str, ipc: int) -> dict[str, Any]:
         artefact = distill(name, dataset, config, run, progress=False, device="cpu")
         lines = (run / "log.jsonl").read_text().splitlines()
         seconds += json.loads(lines[-1])["seconds"]
-        report = evaluate(artefact, dataset, MODEL, method.protocol, progress=False, device="cpu")
+        model = artefact.config["kernel"] if method.protocol == "krr" else MODEL
+        report = evaluate(artefact, dataset, model, method.protocol, progress=False, device="cpu")
     rows = {row.name: str(row.accuracy) for row in report.rows}
     return {
         "method": name,
         "dataset": dataset_name,
         "ipc": ipc,
-        "model": MODEL,
+        "model": model,
         "iterations": config.iterations,
         "protocol": method.protocol,
         "random": rows["random selection"],

@@ -101,7 +101,8 @@ def summary(table: list[dict[str, str]]) -> str:
             continue
         eager = next((r for r in found if r["provider"] == "eager"), found[0])
         named = {r["provider"]: r for r in found if r["provider"].startswith("ddfast")}
-        ours = named.get("ddfast auto") or next(iter(named.values()), None)
+        default = named.get("ddfast auto") or named.get("ddfast, stacked")
+        ours = default or next(iter(named.values()), None)
         if ours is None or "yes" not in ours["verified"] or "yes" not in eager["verified"]:
             continue
         ratio, low, high = (number(ours[f"ratio_{x}"]) for x in ("to_eager", "low", "high"))

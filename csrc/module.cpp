@@ -358,6 +358,30 @@ void dense_kernel(const std::vector<std::int64_t> &x, const std::vector<std::int
   active->dense_kernel(arguments);
 }
 
+// shape: n, m, channels, height, width. tensors: x, y, then out (forward) or grad, by_x, by_y.
+void conv_kernel(bool wide, const std::array<std::int64_t, 5> &shape, bool ntk, const std::vector<bool> &pools, bool gap,
+                 double weight_var, double bias_var, const std::vector<std::uintptr_t> &tensors, int threads) {
+  const bool backward = tensors.size() > 3;
+  const std::vector<unsigned char> pooled(pools.begin(), pools.end());
+  ddfast::conv_kernel_arguments x{};
+  x.wide = wide;
+  x.x = pointer(tensors[0]), x.y = pointer(tensors[1]);
+  x.n = shape[0], x.m = shape[1], x.channels = shape[2], x.height = shape[3], x.width = shape[4];
+  x.ntk = ntk, x.gap = gap;
+  x.pools = pooled.data();
+  x.layers = int(pooled.size());
+  x.weight_var = weight_var, x.bias_var = bias_var;
+  x.out = backward ? nullptr : pointer(tensors[2]);
+  x.grad = backward ? pointer(tensors[2]) : nullptr;
+  x.by_x = backward ? pointer(tensors[3]) : nullptr;
+  x.by_y = backward ? pointer(tensors[4]) : nullptr;
+  x.threads = threads;
+  py::gil_scoped_release release;
+  const ddfast::buffer scratch(std::size_t(active->conv_kernel_scratch(x)));
+  x.scratch = scratch.data();
+  active->conv_kernel(x);
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -388,4 +412,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("characteristic_function", &characteristic_function);
   m.def("trajectory", &trajectory);
   m.def("dense_kernel", &dense_kernel);
+  m.def("conv_kernel", &conv_kernel);
 }

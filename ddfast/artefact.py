@@ -20,6 +20,7 @@ from ddfast._version import __version__
 from ddfast.data.dataset import check_labels
 from ddfast.data.files import whole_file
 from ddfast.data.normalisation import denormalise
+from ddfast.data.whitening import Whitening
 from ddfast.synthetic import check_decoder, decode, grid, labelled
 
 __all__ = ["FORMAT_VERSION", "SPACES", "Artefact", "load", "save"]
@@ -31,6 +32,7 @@ SPACES = ("normalised", "pixel")
 # has to be the same bytes.
 KEY = "ddfast"
 DECODER = "decoder."  # before the names of its tensors
+WHITENING = "whitening."  # before the names of its tensors
 RECIPE = ("space", "mean", "std", "class_names", "dataset", "method", "config", "seed", "versions")
 
 
@@ -50,6 +52,8 @@ class Artefact:
             row of the coefficients.
         space: `"normalised"` for `(pixel / 255 - mean) / std` per channel, `"pixel"` for
             `pixel / 255`.
+        whitening: None, or by what normalised images were transformed: the images are in its space,
+            and whatever network or kernel they are used with has to see others through it, too.
         mean, std: the constants of the data set it was made from, one number a channel.
         class_names: one name a class, in the order of the labels.
         dataset: name of the data set.
@@ -84,6 +88,7 @@ class Artefact:
     lr: float | Sequence[float] | None = None
     decoder: Mapping[str, Any] | None = None
     decoder_tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    whitening: Whitening | None = None
     versions: Mapping[str, str] = field(default_factory=_versions)
 
     def __post_init__(self) -> None:
@@ -125,9 +130,22 @@ class Artefact:
             self._keep_lr(self.lr)
         if self.decoder is not None:
             check_decoder(self.decoder, (self.images.shape[2], self.images.shape[3]))
+        self._check_whitening()
 
     def _keep(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
+
+    def _check_whitening(self) -> None:
+        if self.whitening is None:
+            return
+        if not isinstance(self.whitening, Whitening):
+            raise TypeError(f"whitening must be a Whitening, got {type(self.whitening).__name__}")
+        numbers = self.channels * self.size[0] * self.size[1]
+        if self.space != "normalised" or self.whitening.size != numbers:
+            raise ValueError(
+                f"whitening is for normalised images of {self.whitening.size} numbers, these are "
+                f"{self.space} and have {numbers}"
+            )
 
     def _keep_lr(self, lr: float | Sequence[float]) -> None:
         many = isinstance(lr, Sequence)
@@ -211,24 +229,42 @@ class Artefact:
         It shows the stored images; where networks make images of them, those, 20 a class at most.
         """
         made, most = (self.decoded(), 20) if self.decoder_tensors else (self, None)
+        if self.whitening is not None:
+            made = made.decoded()
         images = made.normalised(self.mean, self.std)
         return grid(images, made.labels, self.mean, self.std, path, per_row=most)
 
     def to_pixels(self) -> Tensor:
         """The images as uint8 `(N, channels, H, W)`, rounded and clamped to 0..255."""
+        if self.whitening is not None:
+            return self.unwhitened().to_pixels()
         if self.space == "normalised":
             return denormalise(self.images, self.mean, self.std)
         return denormalise(self.images, [0.0] * self.channels, [1.0] * self.channels)
+
+    def unwhitened(self) -> Artefact:
+        """The set with images as they look; this one if they are not whitened.
+
+        Not to be trained on: whitening may have lost the contrast of each image, see
+        `ddfast.data.Whitening.inverse`.
+        """
+        if self.whitening is None:
+            return self
+        made = self.decoded()
+        return replace(made, images=self.whitening.inverse(made.images), whitening=None)
 
     def normalised(self, mean: Sequence[float], std: Sequence[float]) -> Tensor:
         """The images normalised with other constants, float32 `(N, channels, H, W)`.
 
         The very same bits if they are normalised with these already. Else they go through pixels
         scaled to 0..1, neither rounded nor clamped: a distilled image may leave that range.
+        Whitened ones are un-whitened first.
 
         Raises:
             ValueError: not one number a channel.
         """
+        if self.whitening is not None:
+            return self.unwhitened().normalised(mean, std)
         target = tuple(float(value) for value in mean), tuple(float(value) for value in std)
         if len(target[0]) != self.channels or len(target[1]) != self.channels:
             raise ValueError(
@@ -281,6 +317,10 @@ def save(artefact: Artefact, path: str | os.PathLike[str]) -> Path:
     if artefact.lr is not None:
         tensors["lr"] = torch.tensor(artefact.lr, dtype=torch.float64)
     recipe = {name: getattr(artefact, name) for name in RECIPE}
+    if artefact.whitening is not None:
+        whitening = artefact.whitening
+        tensors |= {WHITENING + name: getattr(whitening, name) for name in ("shift", "matrix")}
+        recipe["whitening"] = {"mode": whitening.mode, "length": whitening.length}
     if artefact.decoder is not None:
         recipe["decoder"] = artefact.decoder
     header = {
@@ -345,12 +385,20 @@ def load(path: str | os.PathLike[str]) -> Artefact:
                 for name, tensor in tensors.items()
                 if name.startswith(DECODER)
             },
+            whitening=_whitening(recipe.get("whitening"), tensors),
             **{name: recipe[name] for name in RECIPE},
         )
     except KeyError as error:
         raise ValueError(f"{path} cannot be used: it lacks {error}") from None
     except (ValueError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be used: {error}") from None
+
+
+def _whitening(recipe: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]) -> Whitening | None:
+    if recipe is None:
+        return None
+    shift, matrix = (tensors[WHITENING + name] for name in ("shift", "matrix"))
+    return Whitening(recipe["mode"], shift, matrix, recipe["length"])
 
 
 def digest(tensors: Mapping[str, Tensor], recipe: str) -> str:

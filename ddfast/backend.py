@@ -84,8 +84,8 @@ def triton_kernels(operator: str) -> ModuleType | None:
         return importlib.import_module(f"ddfast.kernels.{operator}")
     except ImportError as error:
         warnings.warn(
-            f"ddfast's Triton kernels cannot be loaded ({error}); the slower PyTorch reference "
-            "answers on CUDA.",
+            f"ddfast's GPU kernels of {operator} cannot be loaded ({error}); the slower PyTorch "
+            "reference answers on CUDA.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -112,6 +112,11 @@ def backends() -> dict[str, str]:
         cuda = f"Triton {triton.__version__}"
         if not torch.cuda.is_available():
             cuda += " (no CUDA device here)"
+    try:
+        importlib.import_module("ddfast._cuda")
+        cuda += "; conv_kernel in CUDA C++"
+    except ImportError:
+        cuda += "; conv_kernel by the reference (no ddfast._cuda, which needs nvcc to be built)"
     answers = {"CPU": cpu, "CUDA": cuda, "other": "reference"}
     if reference_forced():
         answers = dict.fromkeys(answers, 'reference (forced by use_backend("reference"))')

@@ -195,12 +195,14 @@ def _evaluate(words: list[str]) -> None:
     dataset = data.load(name, options.data_path or _data_path(place), **plain(data_options))
     known = methods()
     protocol = known[artefact.method].protocol if artefact.method in known else "dm"
+    protocol = options.protocol or protocol
+    own = artefact.config.get("kernel" if protocol == "krr" else "model", "ConvNet")
     out = options.out or (str(place) if place.is_dir() else None)
     report = evaluate(
         artefact,
         dataset,
-        (options.model or artefact.config.get("model", "ConvNet")).split(","),
-        options.protocol or protocol,
+        (options.model or own).split(","),
+        protocol,
         options.num_eval,
         options.seed,
         options.selections,
@@ -210,6 +212,7 @@ def _evaluate(words: list[str]) -> None:
         batch=options.batch_train,
         lr=options.lr_net,
         dsa_strategy=options.dsa_strategy,
+        reg=options.reg,
         device=options.device,
         out=out,
     )
@@ -223,7 +226,11 @@ def _evaluate_parser() -> Parser:
     parser.add_argument("run", type=str, metavar="RUN", help="folder of a run, or a distilled file")
     what = parser.add_argument_group("what is trained")
     parser.flag(
-        what, ["model"], str, None, "networks, joined by commas (default: the one it was made with)"
+        what,
+        ["model"],
+        str,
+        None,
+        "networks, or with krr kernels such as ntk-fc3, joined by commas (default: its own)",
     )
     parser.flag(what, ["num_eval"], int, 5, "networks of each kind for each set")
     parser.flag(what, ["selections"], int, 5, "random selections to compare with")
@@ -239,6 +246,7 @@ def _evaluate_parser() -> Parser:
     parser.flag(how, ["batch_train"], int, None, "images a step")
     parser.flag(how, ["lr_net"], float, None, "learning rate of the networks")
     parser.flag(how, ["dsa_strategy"], str, None, "augmentations joined by _, or none")
+    parser.flag(how, ["reg"], float, None, "ridge of a kernel regression (protocol krr)")
     data = parser.add_argument_group("data (left out: as the run had it)")
     parser.flag(data, ["dataset"], str, None, "name of the data set with the test images")
     parser.flag(data, ["data_path"], str, None, "folder that holds its files")

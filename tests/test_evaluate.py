@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ddfast.artefact import Artefact
-from ddfast.data import Dataset, normalise, random_selection
+from ddfast.data import Dataset, normalise, random_selection, whitened
 from ddfast.evaluate import (
     NotFinite,
     Protocol,
@@ -305,3 +305,32 @@ def test_a_learned_learning_rate_is_of_the_distilled_set_alone(dataset):
     )
     given = evaluate(made, dataset, "MLP", "mtt", 1, selections=1, lr=0.1, **QUICK)
     assert {row.protocol.lr for row in given.rows} == {0.1}
+
+
+def test_a_whitened_set_is_compared_with_whitened_images(dataset, monkeypatch):
+    """Networks see the selections, the full data and the test images through its whitening."""
+    fitted = whitened(dataset, "frepo")
+    images, labels = random_selection(dataset, 1, generator(0, "test"))
+    made = Artefact(
+        images=fitted.normalised(images),
+        labels=labels,
+        space="normalised",
+        mean=dataset.mean,
+        std=dataset.std,
+        class_names=dataset.class_names,
+        dataset=dataset.name,
+        method="dm",
+        config={},
+        seed=0,
+        whitening=fitted.whitening,
+    )
+    seen = []
+    original = compare.accuracy
+    monkeypatch.setattr(
+        compare, "accuracy", lambda net, where: (seen.append(where), original(net, where))[1]
+    )
+    report = evaluate(made, dataset, "MLP", "dm", 1, selections=1, **QUICK)
+    assert len(report.rows) == 3 and len(seen) == 3
+    for each in seen:
+        found, expected = (d.normalised(dataset.test_images) for d in (each, fitted))
+        assert torch.equal(found, expected)

@@ -320,6 +320,7 @@ def test_every_method_knows_the_protocol_of_its_paper() -> None:
         "dsac": "dsa",
         "idc_i": "idc",
         "idm": "dm",
+        **dict.fromkeys(("kip", "ls"), "krr"),
         **dict.fromkeys(("mtt", "tesla", "ftd"), "mtt"),
         "datm": "datm",
     }

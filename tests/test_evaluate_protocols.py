@@ -26,7 +26,11 @@ def named(name: str) -> Dataset:
 
 @pytest.mark.parametrize(
     "name",
-    [name for name in PROTOCOLS if name not in ("ncfm", "linba", "rat_bptt", "rfad", "frepo")],
+    [
+        name
+        for name in PROTOCOLS
+        if name not in ("ncfm", "linba", "rat_bptt", "frepo", "rfad", "krr", "kip")
+    ],
 )
 def test_what_all_presets_share(name):
     chosen = protocol(name, named("CIFAR10"))

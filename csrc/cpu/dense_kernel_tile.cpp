@@ -130,10 +130,11 @@ DDFAST_INLINE vector<T> backward(const dense_network<T> &f, const dense_tile<T> 
 
 template <typename T, bool ntk, bool by_rows>
 void backward(const dense_network<T> &f, const dense_tile<T> &t, double *by_q) {
-  T of_columns[block_rows + width_of<T>] = {};
+  // In double: what cancels in these sums need not cancel in their rounding.
+  double of_columns[block_rows + width_of<T>] = {};
   const T slope = diagonal_slope(f);
   for (int64_t i = 0; i < t.rows; ++i) {
-    vector<T> of_row = {};
+    double of_row = 0;
     const int64_t own = i - t.diagonal;
     for (int64_t j = 0; j < t.columns; j += width_of<T>) {
       const int64_t left = t.columns - j;
@@ -148,18 +149,13 @@ void backward(const dense_network<T> &f, const dense_tile<T> &t, double *by_q) {
       if (meets) by_k[own - j] = own_grad * slope, sum[own - j] = 0;
       write(t.tile + i * t.tile_step + j, by_k);
       if (by_rows)
-        for (int64_t k = left; k < width_of<T>; ++k) sum[k] = 0;
-      if (by_rows)
-        of_row += sum;
+        for (int64_t k = 0; k < width_of<T> && k < left; ++k) of_row += double(sum[k]);
       else
-        write(of_columns + j, read(of_columns + j) + sum);
+        for (int64_t k = 0; k < width_of<T>; ++k) of_columns[j + k] += double(sum[k]);
     }
-    if (!by_rows) continue;
-    double total = 0;
-    for (int64_t k = 0; k < width_of<T>; ++k) total += double(of_row[k]);
-    by_q[i] += total;
+    if (by_rows) by_q[i] += of_row;
   }
-  for (int64_t j = 0; !by_rows && j < t.columns; ++j) by_q[j] += double(of_columns[j]);
+  for (int64_t j = 0; !by_rows && j < t.columns; ++j) by_q[j] += of_columns[j];
 }
 
 }  // namespace
@@ -204,7 +200,8 @@ void dense_ranges(const dense_network<T> &f, const dense_rows<T> &rows, int64_t 
   for (int64_t l = 0; l < f.depth; ++l)
     for (int64_t i = 0; i < count; ++i) {
       const T q = rows.q[l * rows.step + i];
-      exact[l] = exact[l] && !(q > most_exact<T>) && !(q < least_exact<T> && q != 0);
+      // What is not finite spoils no other row.
+      exact[l] = exact[l] && !(q > most_exact<T> && q - q == 0) && !(q < least_exact<T> && q != 0);
     }
 }
 

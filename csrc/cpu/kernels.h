@@ -218,6 +218,23 @@ struct dense_kernel_arguments {
   int threads;
 };
 
+// The NNGP or NTK of a convolutional ReLU network, ddfast/reference/conv_kernel.py.
+struct conv_kernel_arguments {
+  bool wide;           // everything is double, else float
+  const void *x, *y;   // contiguous n (m) x channels x height x width; y null: x, a symmetric matrix
+  int64_t n, m;        // equal without y
+  int64_t channels, height, width;
+  bool ntk, gap;
+  const unsigned char *pools;  // per layer: a pool follows
+  int layers;                  // at least 1
+  double weight_var, bias_var;
+  void *out;         // forward: n x m
+  const void *grad;  // backward: n x m
+  void *by_x, *by_y;  // backward, as x and y; null: not wanted. Without y, by_x is all of the gradient
+  void *scratch;      // as many bytes as conv_kernel_scratch asks for, 64-byte aligned
+  int threads;
+};
+
 struct kernel_table {
   const char *level;
   // value = distance; out_syn, out_real = scale * its gradient
@@ -247,6 +264,8 @@ struct kernel_table {
   void (*trajectory)(const trajectory_arguments &);
   int64_t (*dense_kernel_scratch)(const dense_kernel_arguments &);
   void (*dense_kernel)(const dense_kernel_arguments &);
+  int64_t (*conv_kernel_scratch)(const conv_kernel_arguments &);
+  void (*conv_kernel)(const conv_kernel_arguments &);
 };
 
 // Defined once per level in table.cpp.

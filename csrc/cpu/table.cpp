@@ -34,6 +34,8 @@ void characteristic_function(const characteristic_function_arguments &);
 void trajectory(const trajectory_arguments &);
 int64_t dense_kernel_scratch(const dense_kernel_arguments &);
 void dense_kernel(const dense_kernel_arguments &);
+int64_t conv_kernel_scratch(const conv_kernel_arguments &);
+void conv_kernel(const conv_kernel_arguments &);
 }  // namespace DDFAST_LEVEL
 
 const kernel_table *DDFAST_JOIN(kernel_table_, DDFAST_LEVEL)() {
@@ -62,6 +64,8 @@ const kernel_table *DDFAST_JOIN(kernel_table_, DDFAST_LEVEL)() {
       DDFAST_LEVEL::trajectory,
       DDFAST_LEVEL::dense_kernel_scratch,
       DDFAST_LEVEL::dense_kernel,
+      DDFAST_LEVEL::conv_kernel_scratch,
+      DDFAST_LEVEL::conv_kernel,
   };
   return &table;
 }

@@ -16,10 +16,12 @@ from ddfast.data.normalisation import channel_statistics, denormalise, normalise
 from ddfast.data.registry import canonical_name, load, names
 from ddfast.data.sampling import ClassSampler, hold_out, random_selection
 from ddfast.data.svhn import svhn
+from ddfast.data.whitening import Whitening, fit_whitening, whitened
 
 __all__ = [
     "ClassSampler",
     "Dataset",
+    "Whitening",
     "canonical_name",
     "channel_statistics",
     "cifar10",
@@ -27,6 +29,7 @@ __all__ = [
     "denormalise",
     "digits",
     "fashion_mnist",
+    "fit_whitening",
     "generated",
     "generated_images",
     "generated_memmap",
@@ -40,4 +43,5 @@ __all__ = [
     "random_selection",
     "svhn",
     "tiny_imagenet",
+    "whitened",
 ]

@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from ddfast.data.normalisation import normalise
+
+if TYPE_CHECKING:
+    from ddfast.data.whitening import Whitening
 
 __all__ = ["Dataset", "check_labels"]
 
@@ -63,6 +69,8 @@ class Dataset:
             ``(x / 255 - mean) / std``.
         test_split: what the test images are, ``"test"`` or (see :func:`ddfast.data.hold_out`)
             ``"validation"``.
+        whitening: None, or what normalised images are transformed by, see
+            :func:`ddfast.data.whitened`.
 
     Raises:
         TypeError: images that are not uint8, labels that are not int64.
@@ -79,6 +87,7 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     test_split: str = "test"
+    whitening: Whitening | None = None
 
     def __post_init__(self) -> None:
         # Lists are welcome; what is kept is immutable and of plain types.
@@ -117,6 +126,11 @@ class Dataset:
                 raise ValueError(f"{what} must be finite, got {values}")
         if min(self.std) <= 0:
             raise ValueError(f"std must be above 0 in every channel, got {self.std}")
+        numbers = self.train_images[0].numel()
+        if self.whitening is not None and self.whitening.size != numbers:
+            raise ValueError(
+                f"whitening is for images of {self.whitening.size} numbers, these have {numbers}"
+            )
 
     @property
     def num_classes(self) -> int:
@@ -130,6 +144,16 @@ class Dataset:
     def size(self) -> tuple[int, int]:
         """Height and width in pixels."""
         return int(self.train_images.shape[2]), int(self.train_images.shape[3])
+
+    def normalised(self, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Images as networks see them: :func:`ddfast.data.normalise`, then whitened if need be.
+
+        Args:
+            images: uint8 ``(N, channels, H, W)``, on any device.
+            dtype: a floating-point type.
+        """
+        found = normalise(images, self.mean, self.std, dtype)
+        return found if self.whitening is None else self.whitening(found)
 
     def __repr__(self) -> str:
         height, width = self.size

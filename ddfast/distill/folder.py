@@ -140,6 +140,11 @@ def unfinished(folder: Path) -> tuple[Artefact, int]:
         for name, tensor in tensors.items()
         if not name.startswith((OPTIMISER, checkpoint.STATE))
     }
+    if config.get("zca", "none") != "none":
+        raise ValueError(
+            f"the run in {folder} has not ended, and its images are whitened; grid.png there shows "
+            "them as they look"
+        )
     if "images" not in learned:
         raise ValueError(
             f"the run in {folder} has not ended, and its images are made by a network; grid.png "

@@ -279,6 +279,7 @@ class _Loop:
             decoder=run.decoder,
             mean=data.mean,
             std=data.std,
+            whitening=data.whitening,
             class_names=data.class_names,
             dataset=data.name,
             method=self.method.name,

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
-import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ddfast import nets
 from ddfast._version import __version__
@@ -22,6 +18,8 @@ from ddfast.data import ClassSampler, Dataset
 from ddfast.distill.folder import opened
 from ddfast.distill.log import peak_memory
 from ddfast.evaluate import protocols
+from ddfast.evaluate.kernel_regression import KRR, kernel_rows, kernels_of
+from ddfast.evaluate.progress import bar
 from ddfast.evaluate.protocols import LEARNED_LR, Protocol, steps_matched
 from ddfast.evaluate.report import Report, Row
 from ddfast.evaluate.train import TrainingSet, accuracy, check_sets, train_networks
@@ -63,25 +61,29 @@ def evaluate(
     batch: int | None = None,
     lr: float | None = None,
     dsa_strategy: str | None = None,
+    reg: float | None = None,
     device: str | torch.device | None = None,
     out: str | os.PathLike[str] | None = None,
 ) -> Report:
     """Train networks on a distilled set and on what it has to be compared with, and test them.
 
     For each model the report has a row for the distilled set with its hard labels, one with its
-    soft labels if it has any, one for random selections with as many images of each class, and one
-    for the full data with about as many SGD steps (see `ddfast.evaluate.steps_matched`). An
-    artefact with a decoder is decoded first; what counts for the selections is what it stores,
-    hallucinators or coefficients as so many images as would take the same storage. A learned
-    learning rate is used with the distilled set by the protocols whose method learns one.
+    soft labels if it has any (a cross-entropy has no use for negative ones), one for random
+    selections with as many images of each class, and one for the full data with about as many SGD
+    steps (see `ddfast.evaluate.steps_matched`). With `krr` models are kernels, and nothing is
+    trained. An artefact with a decoder is decoded first; what counts for the selections is what it
+    stores, hallucinators or coefficients as so many images as would take the same storage. A
+    learned learning rate is used with the distilled set by the protocols whose method learns one.
+    Where the artefact is whitened, all other images are seen through its whitening.
 
     Args:
         distilled: an artefact (one with other constants is converted); or a pair of images,
             `(N, channels, H, W)`, float normalised as the data set is or uint8, and int64 labels.
         dataset: its test images decide; `ddfast.data.hold_out` for choosing settings without them.
-        models: names for `ddfast.nets.build`.
+        models: names for `ddfast.nets.build`; with `krr` of kernels, such as "ntk-fc3", see
+            `ddfast.kernel_matrix.kernel_options`.
         protocol: `"dc"`, `"dsa"`, `"dm"`, `"idc"`, ...: see `ddfast.evaluate.protocol`.
-        num_eval: networks for each set.
+        num_eval: networks for each set; with `krr` of no meaning.
         seed: all random numbers follow from it: the selections from (seed, "evaluate: selection",
             number), the networks as in `ddfast.evaluate.train_networks`.
         selections: how many random selections.
@@ -90,6 +92,7 @@ def evaluate(
         epochs, batch, lr, dsa_strategy: override the protocol's. Without a dsa_strategy, cafe,
             linba and rat_bptt have that of the artefact's config, if it is of that method, and
             without a batch rat_bptt has that of its student.
+        reg: of `krr`: the ridge. None for that of the artefact's config, else 1e-6.
         device: None for the GPU if there is one, else the CPU.
         out: folder for `report.json` and `report.md`, found to be writable before any work.
 
@@ -99,7 +102,16 @@ def evaluate(
         NotFinite: a training came to values that are not finite; the message names it.
     """
     folder = None if out is None else opened(out)
-    names = _checked_models(models, dataset)
+    dataset = _seen_alike(distilled, dataset)
+    kernels, names = None, {}
+    if protocol == KRR:
+        given = [models] if isinstance(models, str) else list(models)
+        refused = {"epochs": epochs, "batch": batch, "lr": lr, "dsa_strategy": dsa_strategy}
+        kernels = kernels_of(given, distilled, dataset, reg, refused)
+    else:
+        if reg is not None:
+            raise ValueError(f"reg has no meaning for protocol {protocol!r}, only for {KRR!r}")
+        names = _checked_models(models, dataset)
     for what, value in (("num_eval", num_eval), ("selections", selections)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{what} must be an integer of at least 1, got {value!r}")
@@ -119,38 +131,49 @@ def evaluate(
     if lr is None and protocol in LEARNED_LR and isinstance(distilled, Artefact):
         own_lr = distilled.lr if isinstance(distilled.lr, float) else None
 
-    plans = []
-    for model, batchnorm in names.items():
-        chosen = {
-            images: protocols.protocol(
-                protocol,
-                dataset,
-                batchnorm,
-                epochs=epochs,
-                batch=batch,
-                lr=lr,
-                dsa_strategy=dsa_strategy,
-                ipc=max(1, round(images / dataset.num_classes)),
-                factor=factor,
-            )
-            for images in {len(stored), len(hard[1])}
-        }
-        own = dataclasses.replace(chosen[len(hard[1])], lr=own_lr or chosen[len(hard[1])].lr)
-        if protocol == "dd":
-            own = _scheduled(own, distilled, model)
-        plans.append((model, _parts(len(stored), hard, soft, others, dataset, chosen, own, seed)))
     where = _device(device)
-    work = sum(
-        num_eval * len(part.sets) * part.images * part.protocol.passes
-        for _, parts in plans
-        for part in parts
-    )
     began = time.monotonic()
     rows: list[Row] = []
-    with _bar(work, f"evaluating on {dataset.name}", progress) as advance:
-        for model, parts in plans:
-            for part in parts:
-                rows += _rows(part, model, dataset, num_eval, where, advance)
+    title = f"evaluating on {dataset.name}"
+    if kernels is not None:
+        sets = 1 + (soft is not None) + len(others) + bool(others)
+        work = sets * len(kernels.by_name) * len(dataset.test_labels)
+        with bar(work, title, progress) as advance:
+            rows = kernel_rows(
+                kernels, len(stored), hard, soft, others, dataset, seed, where, advance
+            )
+    else:
+        plans = []
+        for model, batchnorm in names.items():
+            chosen = {
+                images: protocols.protocol(
+                    protocol,
+                    dataset,
+                    batchnorm,
+                    epochs=epochs,
+                    batch=batch,
+                    lr=lr,
+                    dsa_strategy=dsa_strategy,
+                    ipc=max(1, round(images / dataset.num_classes)),
+                    factor=factor,
+                )
+                for images in {len(stored), len(hard[1])}
+            }
+            own = dataclasses.replace(chosen[len(hard[1])], lr=own_lr or chosen[len(hard[1])].lr)
+            if protocol == "dd":
+                own = _scheduled(own, distilled, model)
+            labelled = soft if own.loss == "squares" or _are_shares(soft) else None
+            parts = _parts(len(stored), hard, labelled, others, dataset, chosen, own, seed)
+            plans.append((model, parts))
+        work = sum(
+            num_eval * len(part.sets) * part.images * part.protocol.passes
+            for _, parts in plans
+            for part in parts
+        )
+        with bar(work, title, progress) as advance:
+            for model, parts in plans:
+                for part in parts:
+                    rows += _rows(part, model, dataset, num_eval, where, advance)
     report = Report(
         dataset=dataset.name,
         split=dataset.test_split,
@@ -255,9 +278,21 @@ def _own_sets(
             f"{_shape(dataset)}"
         )
     decoded = distilled.decoded()
-    images, soft = decoded.normalised(dataset.mean, dataset.std), decoded.soft_labels
+    images, soft = decoded.images, decoded.soft_labels
+    if distilled.whitening is None:
+        images = decoded.normalised(dataset.mean, dataset.std)
     hard = (images, decoded.labels)
     return _as_images(distilled, dataset), hard, None if soft is None else (images, soft)
+
+
+def _seen_alike(distilled: Artefact | TrainingSet, dataset: Dataset) -> Dataset:
+    """The data set, whose images are normalised and whitened as those of a whitened artefact."""
+    if not isinstance(distilled, Artefact) or distilled.whitening is None:
+        return dataset
+    if (distilled.channels, distilled.size) != (dataset.channels, dataset.size):
+        return dataset  # refused in a moment
+    mean, std = tuple(distilled.mean), tuple(distilled.std)
+    return dataclasses.replace(dataset, mean=mean, std=std, whitening=distilled.whitening)
 
 
 def _as_images(distilled: Artefact, dataset: Dataset) -> Tensor:
@@ -362,31 +397,12 @@ def _rows(
     return rows
 
 
+def _are_shares(soft: TrainingSet | None) -> bool:
+    """Whether a cross-entropy can have these labels: none is negative."""
+    return soft is not None and bool((soft[1] >= 0).all())
+
+
 def _device(device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     return torch.device(device)
-
-
-@contextlib.contextmanager
-def _bar(total: int, title: str, progress: bool) -> Iterator[Callable[[int], None]]:
-    """A progress bar over training images; what it yields may be called from any thread."""
-    lock = threading.Lock()
-    bar = tqdm(
-        total=total,
-        desc=title,
-        unit="image",
-        unit_scale=True,
-        disable=not progress,
-        mininterval=0.5 if sys.stderr.isatty() else 30,
-        dynamic_ncols=True,
-    )
-
-    def advance(images: int) -> None:
-        with lock:
-            bar.update(images)
-
-    try:
-        yield advance
-    finally:
-        bar.close()

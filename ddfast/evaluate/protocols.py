@@ -19,6 +19,7 @@ __all__ = ["PROTOCOLS", "Protocol", "protocol", "steps_matched"]
 PROTOCOLS = (
     *("dc", "dsa", "dm", "idc", "cafe", "m3d", "it_gan", "ncfm"),
     *("mtt", "datm", "dd", "linba", "rat_bptt", "rfad", "frepo"),
+    "krr",
 )
 
 LEARNED_LR = ("mtt", "datm")
@@ -83,6 +84,8 @@ class Protocol:
         loss: mean `"cross_entropy"`, or `"squares"` between outputs and centred labels, see
             `ddfast.evaluate.squares`.
         label_scale: of the labels, with `"squares"`.
+        reg: None, or the ridge of a kernel regression, which trains no network and has no use for
+            the other settings (`krr`).
         from_start: what a network says is its output less the one that it had before its training,
             and weight decay pulls to where it began (RFAD, with `"squares"`).
     """
@@ -105,6 +108,7 @@ class Protocol:
     loss: str = "cross_entropy"
     label_scale: float = 1.0
     from_start: bool = False
+    reg: float | None = None
 
     def __post_init__(self) -> None:
         schedules = ("dc", "multistep", "fifths", "constant", "warmed_cosine")
@@ -132,6 +136,8 @@ class Protocol:
             if not math.isfinite(value) or value < 0 or (field == "lr" and value == 0):
                 raise ValueError(f"{field} must be finite and above 0, got {value}")
             object.__setattr__(self, field, value)
+        if self.reg is not None and not 0 <= self.reg < math.inf:
+            raise ValueError(f"reg must be finite and at least 0, got {self.reg}")
         if self.augmentation not in ("none", "dsa", "idc", "dc"):
             raise ValueError(
                 f"augmentation must be none, dsa, idc or dc, got {self.augmentation!r}"
@@ -211,6 +217,8 @@ def protocol(
     `frepo`   squares of centred labels, Adam with 0.0003, schedule "warmed_cosine", DSA
     `rfad`    squares of what networks have learned; for wide ones without normalisation. Both are
               explained in `ddfast.evaluate.squares`
+    `krr`     kernel regression, for which no network is trained: see
+              `ddfast.evaluate.kernel_regression`
     ========  ==========================================================================
 
     IDC's exceptions are kept: MNIST with factor > 1, and SVHN with one image per class and
@@ -255,6 +263,12 @@ def protocol(
             weight_decay=0,
             schedule="constant",
         )
+    elif name == "krr":
+        given = {"epochs": epochs, "batch": batch, "lr": lr, "dsa_strategy": dsa_strategy}
+        for setting, value in given.items():
+            if value is not None:
+                raise ValueError(f"{setting} has no meaning for protocol 'krr'")
+        return Protocol(name, 1, schedule="constant", reg=1e-6)
     elif name in ("rfad", "frepo"):
         preset = Protocol(name, **squares.preset(name, dataset, ipc, dsa_strategy))
     elif name == "rat_bptt":

@@ -24,7 +24,8 @@ class Row:
     """Networks of one architecture, trained on one kind of set.
 
     Attributes:
-        name: `"distilled"`, `"distilled, soft labels"`, `"random selection"` or `"full data"`.
+        name: `"distilled"`, `"distilled, soft labels"`, `"random selection"` or `"full data"`, with
+            `krr` of many images `"full data, random subset"`.
         model: name of the architecture.
         protocol: how they were trained.
         images: in each set, as it was trained on.
@@ -119,7 +120,7 @@ class Report:
             cells = (
                 name,
                 row.model,
-                f"{row.protocol.name}, {row.protocol.passes} epochs",
+                _described(row.protocol),
                 row.accuracy,
                 f"{each}" if sets == 1 else f"{sets} sets x {each}",
                 f"{row.ipc:.4g}",
@@ -150,3 +151,9 @@ class Report:
             with whole_file(folder / name) as temporary:
                 temporary.write_text(content, encoding="utf-8")
         return folder
+
+
+def _described(protocol: Protocol) -> str:
+    if protocol.reg is not None:
+        return f"{protocol.name}, reg {protocol.reg:g}"
+    return f"{protocol.name}, {protocol.passes} epochs"

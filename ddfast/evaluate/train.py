@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ddfast import nets
 from ddfast.augment import DSA
 from ddfast.cutmix import cutmix
-from ddfast.data import Dataset, normalise
+from ddfast.data import Dataset
 from ddfast.data.dataset import check_labels
 from ddfast.evaluate import squares
 from ddfast.evaluate.dc_augmentation import dc_augment
@@ -161,7 +161,7 @@ def accuracy(net: nn.Module, dataset: Dataset, chunk: int = 500) -> float:
     with torch.no_grad():
         for start in range(0, len(dataset.test_labels), chunk):
             pixels = dataset.test_images[start : start + chunk].to(parameter.device)
-            logits = net(normalise(pixels, dataset.mean, dataset.std, parameter.dtype))
+            logits = net(dataset.normalised(pixels, parameter.dtype))
             if not torch.isfinite(logits).all():
                 raise NotFinite("the logits of the test images are not finite")
             labels = dataset.test_labels[start : start + chunk].to(parameter.device)
@@ -222,7 +222,7 @@ def _joined(
         if as_pixels:
             return images
         if images.dtype == torch.uint8:
-            return normalise(images, dataset.mean, dataset.std, dtype)
+            return dataset.normalised(images, dtype)
         return images.to(dtype)
 
     def stacked(tensors: list[Tensor]) -> Tensor:  # a single set, maybe a large one, is not copied
@@ -283,7 +283,7 @@ def _train(
             where = order[:, begin : begin + protocol.batch].to(images.device)
             x = images[where.flatten()]
             if x.dtype == torch.uint8:
-                x = normalise(x, dataset.mean, dataset.std, flat.dtype)
+                x = dataset.normalised(x, flat.dtype)
             x = augment(x.unflatten(0, where.shape))
             if protocol.cutmix:
                 x, partner, share = cutmix(x, mixing, protocol.cutmix)
@@ -334,7 +334,7 @@ def _by_rates(
         where = (first + rows[number % protocol.groups]).to(images.device)
         x = images[where.flatten()]
         if x.dtype == torch.uint8:
-            x = normalise(x, dataset.mean, dataset.std, weights.flat.dtype)
+            x = dataset.normalised(x, weights.flat.dtype)
         predicted = weights.logits(x.unflatten(0, where.shape))
         losses = cross_entropies(predicted, targets[where.flatten()])
         gradient = weights.gradient(losses)

@@ -34,7 +34,9 @@ from ddfast.methods import (
     idc_i,
     idm,
     it_gan,
+    kip,
     linba,
+    ls,
     m3d,
     mtt,
     ncfm,
@@ -99,6 +101,8 @@ def methods() -> dict[str, Method]:
         "dd": dd,
         "linba": linba,
         "rat_bptt": rat_bptt,
+        "kip": kip,
+        "ls": ls,
         "rfad": rfad,
         "frepo": frepo,
     }

@@ -81,16 +81,21 @@ class Config(network_pool.Config):
         return (LABELS,) if self.learn_labels else ()
 
     def published(self, dataset: Dataset) -> Mapping[str, Any]:
-        """FRePoNet, 500000 iterations, lr_img 3e-4, real images."""
+        """FRePoNet, 500000 iterations, lr_img 3e-4, real images.
+
+        For digits 500 iterations with lr_img 0.01: on a split of their training images 90.8 % at
+        ipc 1 (89.5 after 200).
+        """
         digits = dataset.name == "digits"
+        rate = 1e-2 if digits else 3e-4
         blocks = convnet_of(dataset.size).removeprefix("ConvNet")
         return {
             **super().published(dataset),
             "model": DIGITS_MODEL if digits else f"FRePoNet{blocks}",
             "init": "real",
-            "iterations": 500_000,
-            "lr_img": 3e-4,
-            "lr_y": self.lr_img or 3e-4,
+            "iterations": 500 if digits else 500_000,
+            "lr_img": rate,
+            "lr_y": self.lr_img or rate,
             "use_flip": flips(dataset, self.ipc),
         }
 

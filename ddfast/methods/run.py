@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ddfast import nets
 from ddfast.augment import DSA
-from ddfast.data import ClassSampler, Dataset, normalise
+from ddfast.data import ClassSampler, Dataset, whitened
 from ddfast.memory import activation_bytes, images_at_once
 from ddfast.methods.config import Config
 from ddfast.random import generator
@@ -150,9 +150,9 @@ class Run:
         return self.net.train()
 
     def real(self, indices: Tensor) -> Tensor:
-        """Normalised training images at these positions, on the run's device."""
+        """Training images at these positions as networks see them, on the run's device."""
         images = self.real_images[indices.to(self.real_images.device)].to(self.device)
-        return normalise(images, self.dataset.mean, self.dataset.std, self.dtype)
+        return self.dataset.normalised(images, self.dtype)
 
     def normalised(self, images: Tensor) -> Tensor:
         """Images of the config's space as networks take them."""
@@ -349,8 +349,16 @@ def start(
     """A run at iteration 0, from a resolved config.
 
     Raises:
-        ValueError: unknown model, too large an ipc, an empty class.
+        ValueError: unknown model, too large an ipc, an empty class; whitening of images that are
+            not stored as pixels of normalised images.
     """
+    zca = getattr(config, "zca", "none")
+    if zca != "none" and (config.parametrisation, config.space) != ("pixels", "normalised"):
+        raise ValueError(
+            f"zca: got {zca!r} with parametrisation {config.parametrisation}; whitened images are "
+            "stored as pixels"
+        )
+    dataset = whitened(dataset, zca)
     net = nets.build(
         config.model,
         dataset.channels,

@@ -70,9 +70,34 @@ def check(
 
 
 def _wide(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Both sets in the dtype that is computed in."""
+    """Both sets in the dtype that is computed in, contiguous."""
     dtype = accumulator(x.dtype if y is None else torch.promote_types(x.dtype, y.dtype))
-    return x.to(dtype), None if y is None else y.to(dtype)
+    return x.to(dtype).contiguous(), None if y is None else y.to(dtype).contiguous()
+
+
+def _call_compiled(
+    compiled: Any,
+    x: Tensor,
+    y: Tensor | None,
+    kind: str,
+    pools: Sequence[bool],
+    readout: str,
+    weight_var: float,
+    bias_var: float,
+    *results: Tensor | None,
+) -> None:
+    """Hand contiguous sets to the compiled kernel; results: out, or grad and the gradients."""
+    compiled.conv_kernel(
+        x.dtype == torch.float64,
+        [x.shape[0], (x if y is None else y).shape[0], *x.shape[1:]],
+        kind == "ntk",
+        list(pools),
+        readout == "gap",
+        weight_var,
+        bias_var,
+        [0 if t is None else t.data_ptr() for t in (x, y, *results)],
+        torch.get_num_threads(),
+    )
 
 
 # --- the matrix ---------------------------------------------------------------------------------
@@ -81,6 +106,21 @@ def _wide(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
 def _reference(x: Tensor, y: Tensor | None, *network: Any) -> Tensor:
     check(x, y, *network)
     return reference.conv_kernel(*_wide(x, y), *network)
+
+
+def _cpu(compiled: Any, x: Tensor, y: Tensor | None, *network: Any) -> Tensor:
+    if not network[1]:  # no layers: one product
+        return _reference(x, y, *network)
+    check(x, y, *network)
+    x, y = _wide(x, y)
+    out = x.new_empty(x.shape[0], (x if y is None else y).shape[0])
+    _call_compiled(compiled, x, y, *network, out)
+    return out
+
+
+def _cuda(kernels: Any, x: Tensor, y: Tensor | None, *network: Any) -> Any:
+    check(x, y, *network)
+    return kernels.conv_kernel(*_wide(x, y), *network)
 
 
 def _fake(x: Tensor, y: Tensor | None, *network: Any) -> Tensor:
@@ -93,9 +133,10 @@ conv_kernel = declare(
     "conv_kernel(Tensor x, Tensor? y, str kind, bool[] pools, str readout, float weight_var, "
     "float bias_var) -> Tensor",
     reference=_reference,
-    cpu=None,
-    cuda=None,
+    cpu=_cpu,
+    cuda=_cuda,
     fake=_fake,
+    kernels="conv_kernel",
 )
 
 
@@ -141,6 +182,30 @@ def _bwd_reference(
     return _as_inputs(found, x, y)
 
 
+def _bwd_cpu(
+    compiled: Any, grad: Tensor, x: Tensor, y: Tensor | None, *arguments: Any
+) -> tuple[Tensor, Tensor]:
+    *network, by_x, by_y = arguments
+    if not network[1]:
+        return _bwd_reference(grad, x, y, *arguments)
+    _bwd_check(grad, x, y, *network)
+    wide, other = _wide(x, y)
+    dx = torch.empty_like(wide) if by_x else None
+    dy = torch.empty_like(other) if by_y and other is not None else None
+    if dx is not None or dy is not None:
+        grad = grad.to(wide.dtype).contiguous()
+        _call_compiled(compiled, wide, other, *network, grad, dx, dy)
+    found = [wide.new_empty(0) if t is None else t for t in (dx, dy)]
+    return _as_inputs((found[0], found[1]), x, y)
+
+
+def _bwd_cuda(
+    kernels: Any, grad: Tensor, x: Tensor, y: Tensor | None, *arguments: Any
+) -> tuple[Tensor, Tensor]:
+    _bwd_check(grad, x, y, *arguments[:5])
+    return _as_inputs(kernels.conv_kernel_bwd(grad, *_wide(x, y), *arguments), x, y)
+
+
 def _bwd_fake(grad: Tensor, x: Tensor, y: Tensor | None, *arguments: Any) -> tuple[Tensor, Tensor]:
     *network, by_x, by_y = arguments
     _bwd_check(grad, x, y, *network)
@@ -152,8 +217,9 @@ conv_kernel_bwd = declare(
     "conv_kernel_bwd(Tensor grad, Tensor x, Tensor? y, str kind, bool[] pools, str readout, "
     "float weight_var, float bias_var, bool by_x, bool by_y) -> (Tensor dx, Tensor dy)",
     reference=_bwd_reference,
-    cpu=None,
-    cuda=None,
+    cpu=_bwd_cpu,
+    cuda=_bwd_cuda,
     fake=_bwd_fake,
+    kernels="conv_kernel",
 )
 end_of_chain("conv_kernel_bwd", "the second derivative of conv_kernel is not implemented")

@@ -45,9 +45,9 @@ def _call_compiled(
 ) -> None:
     """Hand both sets to the compiled kernel, which writes `out` and `gram`, or by_x and by_y."""
     # Rows are read where they lie if their columns are side by side.
+    x, y = _readable(x), None if y is None else _readable(y)
     sets = [
-        [] if t is None else [t.data_ptr(), TYPES[t.dtype], t.stride(0), t.shape[0]]
-        for t in (None if t is None else _readable(t) for t in (x, y))
+        [] if t is None else [t.data_ptr(), TYPES[t.dtype], t.stride(0), t.shape[0]] for t in (x, y)
     ]
     compiled.dense_kernel(
         *sets,

@@ -173,8 +173,7 @@ def conv_kernel_bwd(
                 total[rows] += variances_bwd(part, images[rows], pools, weight_var, bias_var)
         return total
 
-    nothing = x.new_empty(0)
     return (
-        with_variances(x, sums_x) if by_x else nothing,
-        with_variances(other, sums_y) if by_y and y is not None else nothing,
+        with_variances(x, sums_x) if by_x else x.new_empty(0),
+        with_variances(other, sums_y) if by_y and y is not None else x.new_empty(0),
     )

@@ -34,7 +34,7 @@ def common_dtype(x: Tensor, y: Tensor | None) -> torch.dtype:
 
 
 def symmetric(k: Tensor) -> Tensor:
-    """The lower triangle, mirrored: a product of a matrix with itself need not be symmetric."""
+    """The lower triangle, mirrored: rounding need not be, in products and in torch's sines."""
     return k.tril() + k.tril(-1).mT
 
 
@@ -91,7 +91,8 @@ def arc_cosine(k: Tensor, p: Tensor, same: Tensor) -> tuple[Tensor, Tensor]:
     a = angle(k, p, same)
     # In terms of the angle, so that what is singular in the derivative cancels before it is added.
     order1 = p * (a.sin() + (math.pi - a) * a.cos()) / math.pi
-    return torch.where(same, k, order1), 1 - a / math.pi
+    # A row of zeros without a bias counts as equal to any other.
+    return torch.where(same | (p == 0), k, order1), 1 - a / math.pi
 
 
 def dense_kernel(
@@ -116,7 +117,8 @@ def dense_kernel(
         k = 0.5 * weight_var * order1 + bias_var
         qx, qy = (0.5 * weight_var * q + bias_var for q in (qx, qy))
         tangent = k + 0.5 * weight_var * order0 * tangent
-    return tangent if kind == "ntk" else k
+    result = tangent if kind == "ntk" else k
+    return symmetric(result) if y is None else result
 
 
 def dense_kernel_bwd(

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from ddfast.data.dataset import Dataset
-from ddfast.data.normalisation import normalise
 from ddfast.data.sampling import random_selection
 
 __all__ = ["pixels"]
@@ -27,8 +26,8 @@ def pixels(
         generator: a CPU generator.
 
     Returns:
-        Images float32 ``(num_classes * ipc, channels, H, W)``, normalised, class 0 first, and
-        labels int64.
+        Images float32 ``(num_classes * ipc, channels, H, W)``, as networks see them, class 0
+        first, and labels int64.
 
     Raises:
         ValueError: ``ipc`` below 1, an unknown ``init``, or with ``"real"`` a class that has
@@ -43,4 +42,4 @@ def pixels(
         shape = (len(labels), dataset.channels, *dataset.size)
         return torch.randn(shape, generator=generator, dtype=torch.float32), labels
     images, _ = random_selection(dataset, ipc, generator)
-    return normalise(images, dataset.mean, dataset.std), labels
+    return dataset.normalised(images), labels

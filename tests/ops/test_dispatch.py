@@ -25,6 +25,7 @@ torch.library.Library.impl = caught
 import ddfast
 import ddfast.ops.characteristic_function
 import ddfast.ops.class_weight_grad
+import ddfast.ops.dense_kernel
 import ddfast.ops.first_block
 import ddfast.ops.krr
 import ddfast.ops.mmd
@@ -61,6 +62,11 @@ calls = {
     "class_conv": (images, weight, [1, 1], 1, "auto"),
     "class_input_grad": (by_out, weight, [1, 1], [5, 5], 1, "auto"),
     "class_weight_grad": (images, by_out, [1, 1], [3, 3], 1, "auto"),
+    "dense_kernel": (syn[0], real[0], "ntk", 2, 2.0, 0.01, True),
+    "dense_kernel_bwd": (
+        torch.linspace(-1, 1, 9).reshape(3, 3), syn[0], real[0],
+        torch.tensor(0.5) * syn[0] @ real[0].T + 0.01, "ntk", 2, 2.0, 0.01, True, True
+    ),
     "mmd": (*cubes, torch.ones(3, 2), "gaussian", 2, False, True, True),
     "mmd_bwd": (torch.ones(3), *cubes, torch.ones(3, 2), "laplace", 2, True, True, True),
     "multi_formation": (images, 2, "crop", 0.5),

@@ -42,6 +42,7 @@ print(round(value.item(), 4))
 print(sum("compiled CPU kernels are missing" in str(w.message) for w in caught))
 print(ddfast.__file__)
 print(answers["CPU"])
+print(answers["CUDA"])
 """
 
 
@@ -88,7 +89,8 @@ def use_installed(wheel: Path, folder: Path) -> list[str]:
 def expected_files(source: Path) -> set[str]:
     package = {str(p.relative_to(source)) for p in (source / "ddfast").rglob("*.py")}
     kernels = {f"ddfast/kernels/{p.name}" for p in (source / "kernels").glob("*.py")}
-    data = {"ddfast/py.typed", "ddfast/_C.pyi", "ddfast/methods/figures.csv"}
+    stubs = {"ddfast/_C.pyi", "ddfast/_cuda.pyi"}
+    data = {"ddfast/py.typed", "ddfast/methods/figures.csv"} | stubs
     return package | kernels | data
 
 
@@ -116,16 +118,18 @@ def test_file_list(wheel, source):
     names = {r.split(">")[0] for r in requirements}
     assert names == {"torch", "numpy", "safetensors", "tqdm", "jsonargparse"}
     plain = {f for f in files if ".dist-info/" not in f}
-    compiled = {f for f in plain if f.startswith("ddfast/_C.") and f.endswith((".so", ".pyd"))}
-    assert len(compiled) == 1
+    compiled = {f for f in plain if f.endswith((".so", ".pyd"))}
+    modules = ["ddfast/_C", "ddfast/_cuda"] if shutil.which("nvcc") else ["ddfast/_C"]
+    assert sorted(f.split(".")[0] for f in compiled) == modules
     assert plain - compiled == expected_files(source)
     assert any(f.endswith(".dist-info/licenses/LICENSE") for f in files)
 
 
 def test_installed_wheel_works_from_an_empty_folder(wheel, tmp_path):
-    value, warnings, _, cpu = use_installed(wheel, tmp_path)
+    value, warnings, _, cpu, cuda = use_installed(wheel, tmp_path)
     assert (value, warnings) == ("1.268", "0")
     assert "C++, level" in cpu
+    assert ("conv_kernel in CUDA C++" in cuda) == (shutil.which("nvcc") is not None)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +145,7 @@ def test_without_the_extension(source, tmp_path, environment):
     if "CXX" in environment:
         assert "no C++ compiler found" in done.stdout + done.stderr
     (wheel,) = out.glob("*-py3-none-any.whl")
-    value, warnings, _, cpu = use_installed(wheel, tmp_path)
+    value, warnings, _, cpu, _ = use_installed(wheel, tmp_path)
     assert (value, warnings) == ("1.268", "1")
     assert cpu.startswith("reference (no compiled kernels")
 

@@ -1,0 +1,149 @@
+"""Kernel matrices of infinitely wide networks: the NTK, and its gradient by the second set.
+
+    python benchmarks/bench_kernel_matrix.py --out benchmarks/results/kernel_matrix.csv
+    python benchmarks/bench_kernel_matrix.py --floor     # what an evaluation costs at least
+
+The baseline of the convolutional rows is benchmarks/plain_conv_kernel.py: all pairs of positions
+in plain PyTorch. neural-tangents takes part where it can be imported. GFLOP/s count 60 operations
+for each pair of positions that the readout depends on, for every provider, and three times as many
+with the gradient.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+import plain_conv_kernel as plain
+from harness import Case, run
+
+import ddfast
+from ddfast.ops.conv_kernel import conv_kernel
+
+VARIANCES = (plain.WEIGHT_VAR, plain.BIAS_VAR)
+
+
+def drawn(options: argparse.Namespace, *shape: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator).to(options.device)
+
+
+def position_pairs(size: int, pools: list[bool], readout: str) -> int:
+    """Pairs of positions in front of every ReLU that the readout depends on."""
+    sizes = [size]
+    for pool in pools:
+        sizes.append(sizes[-1] // 2 if pool else sizes[-1])
+    reach, total = (sizes[-1] - 1 if readout == "gap" else 0), 0
+    for side, pool in zip(reversed(sizes[:-1]), reversed(pools), strict=True):
+        reach = min(2 * reach + 1 if pool else reach, side - 1)
+        total += sum(side - abs(d) for d in range(-reach, reach + 1)) ** 2
+    return total
+
+
+def with_gradient(f: Callable[[Tensor], Tensor], y: Tensor) -> tuple[Tensor, Tensor]:
+    value = f(y)
+    (gradient,) = torch.autograd.grad(value.sum(), y)
+    return value.detach(), gradient
+
+
+def convolutional(
+    options: argparse.Namespace,
+    size: int,
+    n: int,
+    m: int,
+    pools: list[bool],
+    readout: str,
+    gradient: bool,
+) -> Case:
+    x, y = drawn(options, n, 3, size, size, seed=0), drawn(options, m, 3, size, size, seed=1)
+    leaf = y.clone().requires_grad_()
+    network = ("ntk", pools, readout, *VARIANCES)
+    providers: dict[str, Callable[[], object]] = {}
+    if gradient:
+        providers["eager"] = lambda: plain.matrix_and_gradient(x, y, pools, readout)
+        providers["ddfast"] = lambda: with_gradient(lambda t: conv_kernel(x, t, *network), leaf)
+    else:
+        providers["eager"] = torch.no_grad()(lambda: plain.matrix(x, y, pools, readout))
+        providers["ddfast"] = lambda: conv_kernel(x, y, *network)
+    rival = plain.neural_tangents(x, y, pools, readout) if options.device == "cpu" else None
+    if rival is not None:
+        providers["neural-tangents"] = rival[1 if gradient else 0]
+
+    def exact() -> object:
+        a, b = x.double(), y.double()
+        found = conv_kernel(a, b, *network)
+        if not gradient:
+            return found
+        return with_gradient(lambda t: conv_kernel(a, t, *network), b.requires_grad_())
+
+    if size <= 16:  # beyond, the definition takes minutes, and double precision answers to 1e-12
+
+        def exact_by_definition(compiled: Callable[[], object] = exact) -> object:
+            with ddfast.use_backend("reference"):
+                return compiled()
+
+        judge = exact_by_definition
+    else:
+        judge = exact
+    pairs = position_pairs(size, pools, readout)
+    depth = len(pools)
+    return Case(
+        operator="kernel_matrix",
+        name=f"conv {depth}, {readout}, {size} px, n={n}, m={m}"
+        + ("" if all(pools) else ", pools " + "".join("FT"[p] for p in pools)),
+        mode="value and gradient" if gradient else "forward",
+        exact=judge,
+        providers=providers,
+        bytes=4 * (x.numel() + (2 if gradient else 1) * y.numel() + n * m),
+        # The clamp of eager is worth 1e-4 in the gradient; ours is off by about 4e-7.
+        tolerance=2e-3,
+        rounds=3 if size > 16 else 5,
+        device=options.device,
+        flops=60 * pairs * n * m * (3 if gradient else 1),
+    )
+
+
+def cases(options: argparse.Namespace) -> Iterator[Case]:
+    three = [True, True, True]
+    for gradient in (False, True):
+        yield convolutional(options, 8, 16, 32, three, "flatten", gradient)
+        yield convolutional(options, 16, 8, 16, three, "flatten", gradient)
+        if options.quick:
+            continue
+        yield convolutional(options, 32, 1, 16, three, "flatten", gradient)
+        yield convolutional(options, 32, 1, 16, [False, *three], "flatten", gradient)
+        yield convolutional(options, 16, 4, 16, three, "gap", gradient)
+        yield convolutional(options, 32, 1, 16, three, "gap", gradient)
+
+
+def floor() -> None:
+    """Print what one pair of positions costs at each size, and per pair of images."""
+    for size, n, m in ((8, 64, 64), (16, 32, 64), (32, 16, 32)):
+        options = argparse.Namespace(device="cpu")
+        x, y = drawn(options, n, 3, size, size, seed=0), drawn(options, m, 3, size, size, seed=1)
+        network = ("ntk", [True] * 3, "flatten", *VARIANCES)
+        times = []
+        for _ in range(5):
+            start = time.thread_time()
+            conv_kernel(x, y, *network)
+            times.append(time.thread_time() - start)
+        each = min(times) / (n * m)
+        pairs = position_pairs(size, [True] * 3, "flatten")
+        print(
+            f"{size} px: {1e3 * each:.4f} ms a pair of images, {pairs} pairs of positions,", end=" "
+        )
+        print(f"{1e9 * each / pairs:.3f} ns each")
+
+
+if __name__ == "__main__":
+    if "--floor" in sys.argv:
+        floor()
+    else:
+        run(cases, __doc__ or "")
