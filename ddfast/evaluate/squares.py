@@ -72,7 +72,7 @@ def _frepo(dataset: Dataset, images: int, given: str | None) -> dict[str, Any]:
         "epochs": max(1, -(-FREPO_STEPS[near] // math.ceil(images / FREPO_BATCH))),
         "augmentation": "dsa" if augmented else "none",
         "strategy": strategy if augmented else "",
-        "batch": FREPO_BATCH,
+        "batch": min(images, FREPO_BATCH),
         "lr": 3e-4,
         "weight_decay": 0.0,
         "schedule": "warmed_cosine",
@@ -86,7 +86,7 @@ def _rfad(dataset: Dataset, ipc: int) -> dict[str, Any]:
     images = ipc * dataset.num_classes
     return {
         "epochs": max(1, -(-RFAD_STEPS // math.ceil(images / RFAD_BATCH))),
-        "batch": RFAD_BATCH,
+        "batch": min(images, RFAD_BATCH),
         "lr": lr,
         "weight_decay": decay,
         "schedule": "constant",

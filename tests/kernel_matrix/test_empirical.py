@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ddfast import nets
-from ddfast.kernel_matrix import empirical, empirical_nngp
+from ddfast.kernel_matrix import empirical, empirical_nngp, kernel_matrix
 from ddfast.random import generator
 
 MODELS = ("ConvNetD2W4NN", "ConvNetD2W4", "FRePoNetD2W4", "MLP")
@@ -224,3 +224,22 @@ def test_what_is_wrong_is_named(changes, error, message) -> None:
     } | changes
     with pytest.raises(error, match=message):
         empirical_nngp(**given)
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_converges_to_the_kernel_of_wide_networks(depth) -> None:
+    """More networks come nearer, as one over the root of their number, to `kernel_matrix`.
+
+    From two blocks on there is a bias of the order of one over the width, hence 256.
+    """
+    x, y = images(4, 1), images(6, 2)
+    options = {"kind": "nngp", "net": "conv", "depth": depth}
+    exact = kernel_matrix(y, x, **options), kernel_matrix(x, **options)
+    errors = {}
+    for count in (4, 64):
+        k_ss, k_ts = empirical_nngp(x, y, drawing(f"ConvNetD{depth}W256NN"), count)
+        errors[count] = max(
+            float((a - b).norm() / b.norm()) for a, b in ((k_ts, exact[0]), (k_ss, exact[1]))
+        )
+    assert errors[64] < 0.02
+    assert 2 < errors[4] / errors[64] < 12  # 4 expected

@@ -192,6 +192,7 @@ def test_with_batchnorm_it_does_in_training_only() -> None:
 def test_has_batchnorm() -> None:
     with_batchnorm = {name for name in names() if has_batchnorm(build(name, 3, 2, 32))}
     assert with_batchnorm == {
+        "FRePoNet",
         "AlexNetBN",
         "VGG11BN",
         "ResNet18BN",
