@@ -3,10 +3,12 @@
     python benchmarks/bench_kernel_matrix.py --out benchmarks/results/kernel_matrix.csv
     python benchmarks/bench_kernel_matrix.py --floor     # what an evaluation costs at least
 
-The baseline of the convolutional rows is benchmarks/plain_conv_kernel.py: all pairs of positions
-in plain PyTorch. neural-tangents takes part where it can be imported. GFLOP/s count 60 operations
-for each pair of positions that the readout depends on, for every provider, and three times as many
-with the gradient.
+The baseline of the fully connected rows is benchmarks/plain_dense_kernel.py, the recursion on
+matrices in plain PyTorch; their GFLOP/s count the products alone, 2 n m d each and two with the
+gradient, and "product alone" has torch's own. The baseline of the convolutional rows is
+benchmarks/plain_conv_kernel.py, all pairs of positions in plain PyTorch; their GFLOP/s count 60
+operations for each pair of positions that the readout depends on, for every provider, and three
+times as many with the gradient. neural-tangents takes part where it can be imported.
 """
 
 from __future__ import annotations
@@ -22,9 +24,11 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 import plain_conv_kernel as plain
-from harness import Case, run
+import plain_dense_kernel as plain_dense
+from harness import Case, compiled, run
 
 import ddfast
+from ddfast.kernel_matrix import kernel_matrix
 from ddfast.ops.conv_kernel import conv_kernel
 
 VARIANCES = (plain.WEIGHT_VAR, plain.BIAS_VAR)
@@ -110,8 +114,75 @@ def convolutional(
     )
 
 
+def fully_connected(
+    options: argparse.Namespace, n: int, m: int, d: int, depth: int, gradient: bool
+) -> Case:
+    x, y = drawn(options, n, d, seed=0), drawn(options, m, d, seed=1)
+    leaf = y.clone().requires_grad_()
+    network = {"weight_var": VARIANCES[0], "bias_var": VARIANCES[1], "depth": depth}
+
+    def timed(f: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], object]:
+        if gradient:
+            return lambda: with_gradient(lambda t: f(x, t), leaf)
+        return torch.no_grad()(lambda: f(x, y))
+
+    providers = {"eager": timed(lambda a, b: plain_dense.matrix(a, b, depth))}
+    if not options.no_compile and not options.quick:
+        providers["torch.compile"] = timed(compiled(lambda a, b: plain_dense.matrix(a, b, depth)))
+    providers["ddfast"] = timed(lambda a, b: kernel_matrix(a, b, **network))
+    rival = plain_dense.neural_tangents(x, y, depth) if options.device == "cpu" else None
+    if rival is not None:
+        providers["neural-tangents"] = rival[1 if gradient else 0]
+
+    def exact() -> object:
+        a, b = x.double(), y.double()
+        with ddfast.use_backend("reference"):
+            if not gradient:
+                return kernel_matrix(a, b, **network)
+            return with_gradient(lambda t: kernel_matrix(a, t, **network), b.requires_grad_())
+
+    return Case(
+        operator="kernel_matrix",
+        name=f"fc {depth}, n={n}, m={m}, d={d}",
+        mode="value and gradient" if gradient else "forward",
+        exact=exact,
+        providers=providers,
+        bytes=4 * (x.numel() + (2 if gradient else 1) * y.numel() + n * m),
+        tolerance=1e-4,
+        rounds=5,
+        device=options.device,
+        flops=2 * n * m * d * (2 if gradient else 1),
+    )
+
+
+def product(options: argparse.Namespace, n: int, m: int, d: int) -> Case:
+    """The ceiling of what is not ours: torch's product of the same sizes."""
+    x, y = drawn(options, n, d, seed=0), drawn(options, m, d, seed=1)
+    return Case(
+        operator="kernel_matrix",
+        name=f"product alone, n={n}, m={m}, d={d}",
+        mode="forward",
+        exact=lambda: x.double() @ y.double().mT,
+        providers={
+            "eager": lambda: x @ y.mT,
+            "ddfast": lambda: kernel_matrix(x, y, depth=0, weight_var=float(d), bias_var=0.0),
+        },
+        bytes=4 * (x.numel() + y.numel() + n * m),
+        rounds=5,
+        device=options.device,
+        flops=2 * n * m * d,
+    )
+
+
 def cases(options: argparse.Namespace) -> Iterator[Case]:
     three = [True, True, True]
+    rows = 500 if options.quick else 2000
+    for d in (192, 3072):
+        yield product(options, rows, rows, d)
+        for gradient in (False, True):
+            yield fully_connected(options, rows, rows, d, 3, gradient)
+            if not options.quick:
+                yield fully_connected(options, rows, rows, d, 1, gradient)
     for gradient in (False, True):
         yield convolutional(options, 8, 16, 32, three, "flatten", gradient)
         yield convolutional(options, 16, 8, 16, three, "flatten", gradient)

@@ -135,10 +135,8 @@ def matrix_and_gradient(
     return rows, total
 
 
-def neural_tangents(
-    x: Tensor, y: Tensor, pools: Sequence[bool], readout: str
-) -> tuple[Callable[[], Any], Callable[[], Any]] | None:
-    """The same two by neural-tangents on one CPU thread, or None where it cannot be imported.
+def import_stax() -> Any:
+    """neural-tangents' `stax`, or None where it cannot be imported.
 
     Its package does not import on recent versions of jax; `stax`, all that is needed, does.
     """
@@ -149,11 +147,22 @@ def neural_tangents(
             package = types.ModuleType("neural_tangents")
             package.__path__ = list(found.submodule_search_locations or [])
             sys.modules["neural_tangents"] = package
-        import jax
-        import jax.numpy as jnp
         from neural_tangents import stax
     except Exception:
         return None
+    return stax
+
+
+def neural_tangents(
+    x: Tensor, y: Tensor, pools: Sequence[bool], readout: str
+) -> tuple[Callable[[], Any], Callable[[], Any]] | None:
+    """The same two by neural-tangents on one CPU thread, or None where it cannot be imported."""
+    stax = import_stax()
+    if stax is None:
+        return None
+    import jax
+    import jax.numpy as jnp
+
     layers = []
     for pool in pools:
         layers.append(
