@@ -6,7 +6,8 @@
 Five networks on the distilled set, five on each of five random selections as large as what is
 stored, five on all training images, by the method's own protocol. IT-GAN's generator and the
 experts of trajectory matching are trained first, on the same images, and their seconds count. A
-set with soft labels (DATM) is evaluated with them. `ddfast methods` and the README show the rows.
+set with soft labels (DATM) is evaluated with them. KIP and LS are judged without networks, by the
+regression with their own kernel. `ddfast methods` and the README show the rows.
 Everything was fixed before any result on the test images was seen: settings are
 the methods' defaults for the data set, except those of `BUDGET`.
 """
@@ -16,6 +17,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -106,8 +108,12 @@ def settings_of(method: str, dataset: str, ipc: int) -> dict[str, Any]:
     if method == "linba" and dataset == "generated":
         found |= {"iterations": 150, "inner_steps": 30, "inner_lr": 0.02, "lr_img": 0.3}
         found |= {"init": "real", "batch_per_class": 10}
-    if method in ("kip", "ls") and dataset == "generated":  # the digits' settings
-        found |= {"kernel": "ntk-fc3", "iterations": 200 if method == "kip" else 1}
+    if method in ("kip", "ls") and dataset == "generated":
+        # The digits' fully connected kernel had 39.4 % on a split of the training images (random
+        # selection 18.4), this one 40.0 in float64 as in float32 (22.7), 39.4 after 200 iterations.
+        found |= {"kernel": "ntk-conv2"}
+        if method == "kip":
+            found |= {"iterations": 100, "dtype": "float32"}
     if method == "rfad":
         found["model"] = "ConvNetD2W32NN"
         if dataset == "generated":  # the digits' settings
@@ -178,7 +184,7 @@ def figures(name: str, dataset_name: str, ipc: int) -> dict[str, Any]:
         "random": rows["random selection"],
         "distilled": rows.get("distilled, soft labels", rows["distilled"]),
         "full": rows["full data"],
-        "seconds": round(seconds),
+        "seconds": math.ceil(seconds),
         "threads": torch.get_num_threads(),
     }
 

@@ -53,7 +53,7 @@ template <typename T> struct conv_work {
     const int64_t received = backward ? rows_of_task * (sets.pixels() + plan.positions) * int64_t(sizeof(T)) : 0;
     const int64_t own_bytes = conv_divide<T>(own_plan, false, backward, nullptr, nullptr);
     memory_bytes = round_up(pair_bytes + received > own_bytes ? pair_bytes + received : own_bytes);
-    memories = data + bytes;
+    memories = data ? data + bytes : nullptr;
     bytes += threads * memory_bytes;
   }
 

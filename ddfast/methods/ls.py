@@ -39,10 +39,14 @@ class Config(infinite_width.Config):
     batch_real: int = setting("of no meaning: all training images count", 1, least=1)
 
     def published(self, dataset: Dataset) -> Mapping[str, Any]:
-        """KIP's ConvNet of four layers, NTK, real images."""
+        """KIP's ConvNet of four layers, NTK, real images.
+
+        For digits the NTK of one fully connected layer: on a split of their training images 79.9 %
+        at ipc 1 (three layers 76.0, the same images with hard labels 64.1) and 97.2 at ipc 10.
+        """
         return {
             **super().published(dataset),
-            "kernel": "ntk-fc3" if dataset.name == "digits" else "ntk-kip_convnet",
+            "kernel": "ntk-fc1" if dataset.name == "digits" else "ntk-kip_convnet",
             "dtype": "float64",
             "init": "real",
             "iterations": 1,
