@@ -33,7 +33,6 @@ def test_distilled_images_are_better_than_random_ones(name, row) -> None:
 
 
 UNMEASURED = {
-    ("kip", "generated", "1"),
     ("frepo", "digits", "10"),
     ("frepo", "generated", "1"),
     *(("rfad", *row) for row in (("digits", "1"), ("digits", "10"), ("generated", "1"))),
