@@ -321,6 +321,8 @@ def test_every_method_knows_the_protocol_of_its_paper() -> None:
         "idc_i": "idc",
         "idm": "dm",
         **dict.fromkeys(("kip", "ls"), "krr"),
+        "rfad": "rfad",
+        "frepo": "frepo",
         **dict.fromkeys(("mtt", "tesla", "ftd"), "mtt"),
         "datm": "datm",
     }
