@@ -18,6 +18,7 @@ import triton.language as tl
 from ddfast.kernels.class_weight_grad import tensor_float_allowed
 from torch import Tensor
 
+from ddfast.layout import readable
 from ddfast.reference import characteristic_function as reference
 from ddfast.reference.characteristic_function import wide_dtype
 
@@ -240,10 +241,6 @@ def drawn_product_kernel(
     tl.store(target + 48, total_d, mask=inside & (k + 48 < width)[None, :])
 
 
-def _readable(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def _precision() -> str:
     return "tf32" if tensor_float_allowed() else "ieee"
 
@@ -263,7 +260,7 @@ def _waves(
 ) -> tuple[Tensor, Tensor]:
     """Means of cosines and sines for frequencies `first` to `first + count`, and the products."""
     classes, rows, width = x.shape
-    x, t = _readable(x), None if t is None else _readable(t)
+    x, t = readable(x), None if t is None else readable(t)
     halves = t is not None and t.dtype == x.dtype and x.dtype in HALVES
     # The interpreter multiplies bfloat16 as if it were integers.
     halves = halves and not triton.knobs.runtime.interpret

@@ -22,6 +22,7 @@ from ddfast.kernels.arc_cosine import order0_of, order1_of, part_of, slopes_of
 from ddfast.kernels.dense_kernel_parts import covariances, equal_rows, pair, variances_of
 from torch import Tensor
 
+from ddfast.layout import readable
 from ddfast.reference.dense_kernel import common_dtype, variances
 
 #: Sides of a tile that leave everything in registers.
@@ -183,10 +184,6 @@ def backward_kernel(
         tl.store(by_qy + left_tile * m + j, columns, mask=j < m)
 
 
-def _readable(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 #: Below these a variance counts as zero: the inverses of two must have a product.
 LEAST = {torch.float32: 1e-30, torch.float64: 1e-280}
 
@@ -236,8 +233,8 @@ def dense_kernel(
 ) -> tuple[Tensor, Tensor]:
     """The operator of the same name; see ddfast/ops/dense_kernel.py."""
     dtype, alone = common_dtype(x, y), y is None
-    x = _readable(x)
-    other = x if y is None else _readable(y)
+    x = readable(x)
+    other = x if y is None else readable(y)
     n, m = x.shape[0], other.shape[0]
     out = torch.empty(n, m, dtype=dtype, device=x.device)
     product = dtype == torch.float32
@@ -292,8 +289,8 @@ def dense_kernel_bwd(
 ) -> list[Tensor]:
     """The operator of the same name."""
     dtype, alone = common_dtype(x, y), y is None
-    x = _readable(x)
-    other = x if y is None else _readable(y)
+    x = readable(x)
+    other = x if y is None else readable(y)
     n, m = x.shape[0], other.shape[0]
     if grad.numel() == 0:
         needed = ((x, need_x), (other, need_y and not alone))

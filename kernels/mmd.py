@@ -16,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ddfast.layout import readable
 from ddfast.reference.gradient_distance import accumulator
 from ddfast.reference.mmd import KERNELS, NEAR, rates_of
 
@@ -301,10 +302,6 @@ def gradient_kernel(
                 tl.debug_barrier()
 
 
-def _readable(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def _centre(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
     """The pooled mean, (classes, width)."""
     rows = x.shape[1] + y.shape[1]
@@ -422,7 +419,7 @@ def mmd(
     ones = torch.ones(x.shape[0], dtype=torch.float32, device=x.device)
     if kernel == "linear":
         return _linear(x, y, unbiased, ones, (need_x, need_y))
-    x, y = _readable(x), _readable(y)
+    x, y = readable(x), readable(y)
     work = _Pass(x, y, bandwidths, kernel, degree, unbiased)
     if x.shape[0] == 0:
         return ones.to(work.dtype), _gradients(work, ones, x, y, unbiased, need_x, need_y)
@@ -469,7 +466,7 @@ def mmd_bwd(
     """The operator of the same name."""
     if kernel == "linear":
         return _linear(x, y, unbiased, grad, (need_x, need_y))[1]
-    x, y = _readable(x), _readable(y)
+    x, y = readable(x), readable(y)
     work = _Pass(x, y, bandwidths, kernel, degree, unbiased)
     return _gradients(work, grad, x, y, unbiased, need_x, need_y)
 

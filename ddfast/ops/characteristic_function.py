@@ -14,15 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddfast.layout import readable
 from ddfast.ops import memory
 from ddfast.ops.registry import TYPES, declare, derivative, end_of_chain
 from ddfast.reference import characteristic_function as reference
 from ddfast.reference.characteristic_function import wide_dtype
-
-
-def _readable(x: Tensor) -> Tensor:
-    """x itself where the columns of a row lie side by side, whatever the other strides."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _described(x: Tensor | None) -> list[int]:
@@ -59,7 +55,7 @@ def _cpu(
     stream: int,
     keep: bool,
 ) -> tuple[Tensor, Tensor]:
-    x, t = _readable(x), None if t is None else _readable(t)
+    x, t = readable(x), None if t is None else readable(t)
     dtype, count = wide_dtype(x, t), _count(t, count)
     phi = torch.empty(x.shape[0], count, 2, dtype=dtype)
     phase = _empty(dtype, x.shape[0], x.shape[1], count) if keep else torch.empty(0, dtype=dtype)
@@ -143,7 +139,7 @@ def _bwd_cpu(
 ) -> tuple[Tensor, Tensor]:
     dtype, count = wide_dtype(x, t), _count(t, count)
     of_x, of_t = x.dtype, dtype if t is None else t.dtype
-    x, t, grad = _readable(x), None if t is None else _readable(t), grad.contiguous()
+    x, t, grad = readable(x), None if t is None else readable(t), grad.contiguous()
     grad_x = _empty(dtype, *x.shape) if by_x else torch.empty(0, dtype=dtype)
     grad_t = _empty(dtype, *t.shape) if by_t and t is not None else torch.empty(0, dtype=dtype)
     if 0 in (*x.shape, count):

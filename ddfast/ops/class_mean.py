@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddfast.layout import readable
 from ddfast.ops.registry import TYPES, declare, derivative
 from ddfast.reference import class_mean as reference
 from ddfast.reference.gradient_distance import accumulator
@@ -22,11 +23,6 @@ from ddfast.reference.gradient_distance import accumulator
 
 def _classes(x: Tensor, counts: list[int]) -> int:
     return x.shape[0] if x.dim() == 3 else len(counts)
-
-
-def _readable(x: Tensor) -> Tensor:
-    """x itself where the columns of a row lie side by side, whatever the other strides."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def _described(x: Tensor, counts: list[int]) -> tuple[list[int], list[int]]:
@@ -45,7 +41,7 @@ def _over_rows(share: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
 
 
 def _mean_cpu(compiled: Any, x: Tensor, counts: list[int]) -> Tensor:
-    x = _readable(x)
+    x = readable(x)
     out = torch.empty(_classes(x, counts), x.shape[-1], dtype=accumulator(x.dtype))
     compiled.class_mean(*_described(x, counts), [], [], *_sizes(out), 0, torch.get_num_threads())
     return out
@@ -121,7 +117,7 @@ derivative("class_mean_bwd", _bwd_backward, _bwd_setup)
 def _distance_cpu(
     compiled: Any, syn: Tensor, real: Tensor, syn_counts: list[int], real_counts: list[int]
 ) -> tuple[Tensor, Tensor]:
-    syn, real = _readable(syn), _readable(real)
+    syn, real = readable(syn), readable(real)
     dtype = accumulator(torch.promote_types(syn.dtype, real.dtype))
     difference = torch.empty(_classes(syn, syn_counts), syn.shape[-1], dtype=dtype)
     distance = torch.empty(difference.shape[0], dtype=dtype)

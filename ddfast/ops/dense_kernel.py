@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddfast.layout import readable
 from ddfast.ops.memory import empty
 from ddfast.ops.registry import TYPES, declare, derivative, end_of_chain
 from ddfast.reference import dense_kernel as reference
@@ -45,7 +46,7 @@ def _call_compiled(
 ) -> None:
     """Hand both sets to the compiled kernel, which writes `out` and `gram`, or by_x and by_y."""
     # Rows are read where they lie if their columns are side by side.
-    x, y = _readable(x), None if y is None else _readable(y)
+    x, y = readable(x), None if y is None else readable(y)
     sets = [
         [] if t is None else [t.data_ptr(), TYPES[t.dtype], t.stride(0), t.shape[0]] for t in (x, y)
     ]
@@ -60,10 +61,6 @@ def _call_compiled(
         [0 if t is None else t.data_ptr() for t in (gram, out, grad, by_x, by_y)],
         torch.get_num_threads(),
     )
-
-
-def _readable(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 # --- the kernel ---------------------------------------------------------------------------------
