@@ -15,6 +15,8 @@
 #include <cmath>
 #include <cstdint>
 
+#include "../arc_cosine_fit.h"
+
 #ifdef __CUDACC__
 #define DDFAST_DEVICE __device__ __forceinline__
 #define DDFAST_BOTH __host__ __device__ inline
@@ -153,28 +155,23 @@ struct group {
 constexpr float two_pi = 6.28318530717958648f;
 constexpr float parallel = 4 * 1.1920929e-7f;  // 1 - |correlation| below which the angle is 0 or pi
 
-// With u = |correlation| and t = 1 - u: the angle is sqrt(t) `angle(u)`, and its sine less u times
-// the angle is t sqrt(t) `excess(u)`; both over 2 pi here. Least squares at Chebyshev's points.
-DDFAST_BOTH float angle(float u) {
-  float p = -1.968754368e-04f;
-  p = p * u + 1.047380385e-03f;
-  p = p * u - 2.700138837e-03f;
-  p = p * u + 4.903285764e-03f;
-  p = p * u - 7.980828173e-03f;
-  p = p * u + 1.416066755e-02f;
-  p = p * u - 3.415441141e-02f;
-  p = p * u + 2.500000000e-01f;
-  return p;
+// The constant first.
+template <int count> DDFAST_BOTH float polynomial(float t, const float (&c)[count]) {
+  float sum = c[count - 1];
+#pragma unroll
+  for (int i = count - 2; i >= 0; --i) sum = sum * t + c[i];
+  return sum;
 }
-DDFAST_BOTH float excess(float u) {
-  float p = 3.788558024e-05f;
-  p = p * u - 1.975838386e-04f;
-  p = p * u + 5.396427587e-04f;
-  p = p * u - 1.203412889e-03f;
-  p = p * u + 2.988575026e-03f;
-  p = p * u - 1.126732584e-02f;
-  p = p * u + 1.591549367e-01f;
-  return p;
+
+// With t = 1 - |correlation|: the angle is sqrt(t) `angle(t)`, and its sine less the correlation times
+// the angle is t sqrt(t) `excess(t)`; both over 2 pi here.
+DDFAST_BOTH float angle(float t) {
+  constexpr float c[] = {DDFAST_ANGLE_FLOAT};
+  return 0.5f * polynomial(t, c);
+}
+DDFAST_BOTH float excess(float t) {
+  constexpr float c[] = {DDFAST_ORDER1_FLOAT};
+  return 0.5f * polynomial(t, c);
 }
 
 // What the ReLU makes of the covariance k of two Gaussians with standard deviations of product p:
@@ -185,12 +182,11 @@ struct rectified {
 };
 DDFAST_BOTH rectified rectify(float k, float p, bool same) {
   if (!(p > 0)) return {k == k && p == p ? 0.0f : k + p, 0.25f, false};
-  const float u = fabsf(k) / p;
   float t = (p - fabsf(k)) / p;
   const bool regular = !(t < parallel) && !same;
   t = regular ? t : 0.0f;
-  const float root = sqrtf(t), of_pi = root * angle(u);
-  return {p * (t * root * excess(u)) + (k > 0 ? 0.5f * k : 0.0f), k >= 0 ? 0.5f - of_pi : of_pi, regular};
+  const float root = sqrtf(t), of_pi = root * angle(t);
+  return {p * (t * root * excess(t)) + (k > 0 ? 0.5f * k : 0.0f), k >= 0 ? 0.5f - of_pi : of_pi, regular};
 }
 
 // --- one plane ---
