@@ -25,7 +25,9 @@ from torch import Tensor
 from ddfast import nets
 from ddfast.data import Dataset
 from ddfast.methods.config import dsa_strategy
+from ddfast.methods.frepo import scale_of
 from ddfast.methods.published_trajectories import nearest
+from ddfast.methods.regression import centred
 
 __all__ = ["Learned", "losses", "preset", "targets", "warmed_cosine"]
 
@@ -127,8 +129,7 @@ def targets(labels: Tensor, classes: int, dtype: torch.dtype, from_start: bool) 
     """
     if labels.is_floating_point():
         return labels
-    centred = torch.nn.functional.one_hot(labels, classes).to(dtype) - 1 / classes
-    return centred if from_start else centred / math.sqrt(classes / 10)
+    return (1.0 if from_start else scale_of(classes)) * centred(labels, classes, dtype)
 
 
 def losses(outputs: Tensor, targets: Tensor, scale: float, from_start: bool) -> Tensor:

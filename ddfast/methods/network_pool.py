@@ -28,9 +28,11 @@ from ddfast.methods.pretrained import flattened, set_weights
 from ddfast.methods.run import Diverged, Run
 from ddfast.nets import Network
 from ddfast.random import generator
+from ddfast.unroll import Adam
 
 COUNTS = "pool.counts"
-BETAS, EPS = (0.9, 0.999), 1e-8
+VECTORS = "weights", "mean", "square"  # Adam's state
+ADAM = Adam()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,11 +61,13 @@ def begin(run: Run) -> tuple[dict[str, Tensor], int]:
 def _fresh(run: Run, state: dict[str, Tensor], slot: int, random: torch.Generator) -> None:
     """Draw the network of a slot anew."""
     nets.initialise(run.net, random)
-    weights = flattened(run.net)
-    state[f"pool.{slot}.weights"] = weights
-    state[f"pool.{slot}.mean"] = torch.zeros_like(weights)
-    state[f"pool.{slot}.square"] = torch.zeros_like(weights)
+    _keep(state, slot, ADAM.begin(flattened(run.net)))
     _keep_buffers(run, state, slot)
+
+
+def _keep(state: dict[str, Tensor], slot: int, of_adam: tuple[Tensor, ...]) -> None:
+    for name, vector in zip(VECTORS, of_adam, strict=True):
+        state[f"pool.{slot}.{name}"] = vector
 
 
 def _keep_buffers(run: Run, state: dict[str, Tensor], slot: int) -> None:
@@ -105,20 +109,15 @@ def update(
     found = torch.autograd.grad(loss_of(net), list(net.parameters()))
     with torch.no_grad():
         g = torch.cat([each.reshape(-1) for each in found])
-        (first, second), steps = BETAS, steps + 1
-        mean = torch.lerp(state[f"pool.{slot}.mean"], g, 1 - first)
-        square = state[f"pool.{slot}.square"] * second + (1 - second) * g * g
-        root = (square / (1 - second**steps)).sqrt() + EPS
-        weights = state[f"pool.{slot}.weights"]
-        weights = weights - config.lr_net * (mean / (1 - first**steps)) / root
-    if not torch.isfinite(weights).all():
+        before = tuple(state[f"pool.{slot}.{name}"] for name in VECTORS)
+        after = ADAM.step(before, g, g.new_tensor(config.lr_net), steps)
+    if not torch.isfinite(after[0]).all():
         raise Diverged(
             f"the weights of network {slot} of the pool are not finite after its step at iteration "
             f"{run.iteration}; a smaller lr_net (now {config.lr_net:g}) may help"
         )
-    state[f"pool.{slot}.weights"] = weights
-    state[f"pool.{slot}.mean"], state[f"pool.{slot}.square"] = mean, square
+    _keep(state, slot, after)
     _keep_buffers(run, state, slot)
     net.eval()
-    counts[slot] = torch.tensor([updates + 1, steps])
+    counts[slot] = torch.tensor([updates + 1, steps + 1])
     state[COUNTS] = counts

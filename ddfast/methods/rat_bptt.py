@@ -33,10 +33,11 @@ from torch import Tensor
 
 from ddfast.augment import DSA
 from ddfast.data import Dataset
-from ddfast.methods import bilevel
+from ddfast.methods import bilevel, regression
 from ddfast.methods.bilevel import Training
 from ddfast.methods.config import dsa_strategy, setting
 from ddfast.methods.published_trajectories import nearest
+from ddfast.methods.regression import LABELS
 from ddfast.methods.run import Decoded, Run
 from ddfast.unroll import Adam
 
@@ -118,7 +119,7 @@ class Config(bilevel.Config):
 
     @property
     def beside(self) -> tuple[str, ...]:  # type: ignore[override]
-        return ("label_weights",) if self.learn_labels else ()
+        return (LABELS,) if self.learn_labels else ()
 
     def published(self, dataset: Dataset) -> Mapping[str, Any]:
         """60000 passes over the real data, and the README's command for data set and ipc.
@@ -155,25 +156,21 @@ class Config(bilevel.Config):
             tensors["images"] = tensors["images"] / norms
         if self.learn_labels:
             hot = torch.nn.functional.one_hot(labels, dataset.num_classes)
-            tensors["label_weights"] = hot.float()
+            tensors[LABELS] = hot.float()
         return tensors, labels
 
     def optimiser(self, tensors: Mapping[str, Tensor]) -> torch.optim.Optimizer:
         """Adam."""
         groups = self.parameter_groups(tensors)
         if self.learn_labels:
-            groups.append({"params": [tensors["label_weights"]], "lr": self.lr_y})
+            groups.append({"params": [tensors[LABELS]], "lr": self.lr_y})
         return torch.optim.Adam(groups, self.lr_img, (self.momentum, SECOND_BETA))
 
     def distilled(
         self, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]
     ) -> dict[str, Any]:
         """With the labels, if they were learned."""
-        images = {name: t for name, t in tensors.items() if name != "label_weights"}
-        made = super().distilled(images, state)
-        if "label_weights" in tensors:
-            made["soft_labels"] = tensors["label_weights"].detach().float()
-        return made
+        return regression.with_labels(super().distilled, tensors, state)
 
 
 def check(run: Run) -> None:
@@ -216,8 +213,8 @@ def step(run: Run) -> Tensor:
 @torch.no_grad()
 def _step(run: Run) -> None:
     run.optimiser.step()
-    if "label_weights" in run.tensors:
-        run.tensors["label_weights"].clamp_(min=0)
+    if LABELS in run.tensors:
+        run.tensors[LABELS].clamp_(min=0)
 
 
 def _training(run: Run, made: Decoded) -> tuple[Training, dict[str, Tensor]]:
@@ -246,7 +243,7 @@ def _training(run: Run, made: Decoded) -> tuple[Training, dict[str, Tensor]]:
         Adam(),
         augment=lambda x, step: run.augment(x, draws[step]),
         augment_real=lambda x, here: run.augment(x, real_draw[:, here]),
-        labels=beside["label_weights"][made.sources] if beside else None,
+        labels=beside[LABELS][made.sources] if beside else None,
         window=config.window,
     )
     return training, beside
