@@ -62,7 +62,7 @@ def conv_kernel(
     weight_var: float,
     bias_var: float,
 ) -> Tensor:
-    """The matrix, (n, m); arguments as the reference has them, of one dtype."""
+    """The matrix, (n, m); arguments as the reference has them, contiguous and of one dtype."""
     network = description(x, kind, pools, readout, weight_var, bias_var)
     if network is None:
         return reference.conv_kernel(x, y, kind, pools, readout, weight_var, bias_var)
@@ -98,7 +98,7 @@ def conv_kernel_bwd(
     by_x: bool,
     by_y: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients by x and y; empty where not wanted."""
+    """Gradients by x and y, contiguous and of one dtype; empty where not wanted."""
     network = description(x, kind, pools, readout, weight_var, bias_var)
     if network is None:
         return reference_bwd.conv_kernel_bwd(
@@ -150,11 +150,9 @@ def _by_first(
     by_image = total[:, size:].reshape(images.shape)
     if not size:
         return by_image
-    layers, start = [], 0
-    for height, width in _sizes(images, variances[0]):
-        stop = start + height * width
-        layers.append(total[:, start:stop].reshape(n, height, width))
-        start = stop
+    shapes = [layer.shape[1:] for layer in reference.variances(images[:0], *variances)]
+    flat = total[:, :size].split([shape.numel() for shape in shapes], 1)
+    layers = [part.reshape(n, *shape) for part, shape in zip(flat, shapes, strict=True)]
     for rows, _ in reference.blocks(n, 1, images):
         by_variance = [layer[rows] for layer in layers]
         by_image[rows] += reference_bwd.variances_bwd(by_variance, images[rows], *variances)
@@ -169,7 +167,6 @@ def _set(
     images: Tensor, pools: Sequence[bool], weight_var: float, bias_var: float
 ) -> tuple[Tensor, Tensor]:
     """Images and the square roots of their variances, contiguous."""
-    images = images.to(torch.float32).contiguous()
     found = reference.variances(images, pools, weight_var, bias_var)
     return images, tables(found, images).contiguous()
 
@@ -180,14 +177,3 @@ def _described(images: Tensor, deviations: Tensor) -> _cuda.DescribedSet:
 
 def _memory(x: Tensor, how: tuple[int, int]) -> Tensor:
     return torch.empty(how[0] * how[1], dtype=torch.uint8, device=x.device)
-
-
-def _sizes(images: Tensor, pools: Sequence[bool]) -> list[tuple[int, int]]:
-    """Of the planes before each ReLU."""
-    height, width = images.shape[-2:]
-    sizes = []
-    for pooled in pools:
-        sizes.append((height, width))
-        if pooled:
-            height, width = height // 2, width // 2
-    return sizes

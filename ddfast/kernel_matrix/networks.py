@@ -6,7 +6,7 @@ import math
 import operator
 from collections.abc import Sequence
 
-READOUTS = ("flatten", "gap")
+from ddfast.ops.conv_kernel import READOUTS
 
 #: Convolutional networks by name: which layers a 2 x 2 pool follows, and the readout.
 #: KIP's ConvNet has a convolution without a pool in front of three with one (Nguyen et al., NeurIPS

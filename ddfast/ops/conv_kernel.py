@@ -18,9 +18,8 @@ from torch import Tensor
 from ddfast.ops.registry import declare, derivative, end_of_chain
 from ddfast.reference import conv_kernel as reference
 from ddfast.reference import conv_kernel_bwd as reference_bwd
-from ddfast.reference.gradient_distance import accumulator
+from ddfast.reference.dense_kernel import KINDS, common_dtype
 
-KINDS = ("nngp", "ntk")
 READOUTS = ("flatten", "gap")
 
 
@@ -71,7 +70,7 @@ def check(
 
 def _wide(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Both sets in the dtype that is computed in, contiguous."""
-    dtype = accumulator(x.dtype if y is None else torch.promote_types(x.dtype, y.dtype))
+    dtype = common_dtype(x, y)
     return x.to(dtype).contiguous(), None if y is None else y.to(dtype).contiguous()
 
 
