@@ -34,7 +34,7 @@ SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 sanitize: .venv/installed
 	rm -rf build/sanitize && mkdir -p build/sanitize
 	cp -r csrc ddfast kernels setup.py pyproject.toml MANIFEST.in README.md LICENSE build/sanitize/
-	rm -f build/sanitize/ddfast/_C*
+	rm -f build/sanitize/ddfast/_C* build/sanitize/ddfast/_cuda*
 	cd build/sanitize && CXXFLAGS="$(SANITIZE) -g -O1" LDFLAGS="$(SANITIZE)" \
 	  ../../$(BIN)/python -m pip install --quiet --no-deps --target site .
 	export LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so.6)" \
@@ -57,8 +57,8 @@ bench: .venv/installed
 	rm -f benchmarks/results/cpu.csv
 	for file in gradient_distance class_mean augment norm_relu_pool class_weight_grad \
 	  multi_formation gradient_matching mmd characteristic_function distribution_matching \
-	  trajectory unroll experts; do \
+	  trajectory unroll experts kernel_matrix krr features; do \
 	  $(BIN)/python benchmarks/bench_$$file.py --out benchmarks/results/cpu.csv || exit 1; done
 
 clean:
-	rm -rf build dist .venv *.egg-info ddfast/_C*.so gpu-results
+	rm -rf build dist .venv *.egg-info ddfast/_C*.so ddfast/_cuda*.so gpu-results
