@@ -311,7 +311,8 @@ def _methods(words: list[str]) -> None:
         for row in figures(method.name):
             print(
                 f"{'':{width}}{row['dataset']}, ipc {row['ipc']}: {row['distilled']} % "
-                f"(random selection {row['random']}, full data {row['full']}; "
+                f"(protocol {row['protocol']}; random selection {row['random']}, "
+                f"full data {row['full']}; "
                 f"{row['iterations']} iterations, {row['seconds']} s on one core)"
             )
 
