@@ -7,8 +7,8 @@ Five networks on the distilled set, five on each of five random selections as la
 stored, five on all training images, by the method's own protocol. IT-GAN's generator and the
 experts of trajectory matching are trained first, on the same images, and their seconds count. A
 set with soft labels (DATM) is evaluated with them. KIP and LS are judged without networks, by the
-regression with their own kernel; RFAD both ways, its kernel being that of an infinitely wide
-network of the same depth. `ddfast methods` and the README show the rows.
+regression with their own kernel, and KIP by networks, too; so is RFAD, whose kernel is that of an
+infinitely wide network of the same depth. `ddfast methods` and the README show the rows.
 Everything was fixed before any result on the test images was seen: settings are
 the methods' defaults for the data set, except those of `BUDGET`.
 """
@@ -154,7 +154,8 @@ def judges(name: str, config: dict[str, Any]) -> list[tuple[str, str]]:
     """By which protocols a method's images are judged, and with which network or kernel."""
     own = methods.find(name).protocol
     if own == "krr":
-        return [(own, config["kernel"])]
+        finite = [("kip", MODEL)] if name == "kip" else []
+        return [(own, config["kernel"]), *finite]
     return [(own, MODEL), ("krr", "nngp-conv2")] if name == "rfad" else [(own, MODEL)]
 
 

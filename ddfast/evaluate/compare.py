@@ -17,10 +17,11 @@ from ddfast.artefact import Artefact
 from ddfast.data import ClassSampler, Dataset
 from ddfast.distill.folder import opened
 from ddfast.distill.log import peak_memory
-from ddfast.evaluate import protocols
+from ddfast.evaluate import presets
 from ddfast.evaluate.kernel_regression import KRR, kernel_rows, kernels_of
+from ddfast.evaluate.presets import LEARNED_LR
 from ddfast.evaluate.progress import bar
-from ddfast.evaluate.protocols import LEARNED_LR, Protocol, steps_matched
+from ddfast.evaluate.protocols import Protocol, by_own_schedule, steps_matched
 from ddfast.evaluate.report import Report, Row
 from ddfast.evaluate.train import TrainingSet, accuracy, check_sets, train_networks
 from ddfast.random import generator, seed_of
@@ -146,7 +147,7 @@ def evaluate(
         plans = []
         for model, batchnorm in names.items():
             chosen = {
-                images: protocols.protocol(
+                images: presets.protocol(
                     protocol,
                     dataset,
                     batchnorm,
@@ -162,7 +163,7 @@ def evaluate(
             own = dataclasses.replace(chosen[len(hard[1])], lr=own_lr or chosen[len(hard[1])].lr)
             if protocol == "dd":
                 own = _scheduled(own, distilled, model)
-            labelled = soft if own.loss == "squares" or _are_shares(soft) else None
+            labelled = soft if own.loss != "cross_entropy" or _are_shares(soft) else None
             parts = _parts(len(stored), hard, labelled, others, dataset, chosen, own, seed)
             plans.append((model, parts))
         work = sum(
@@ -205,7 +206,7 @@ def _scheduled(preset: Protocol, distilled: Artefact | TrainingSet, model: str) 
             f"{groups!r} with {len(distilled.lr)} rates"
         )
     known = settings.get("init_net") == "fixed" and settings.get("model") == model
-    return protocols.by_own_schedule(
+    return by_own_schedule(
         preset,
         distilled.lr,
         groups,
