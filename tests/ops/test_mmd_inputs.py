@@ -176,11 +176,7 @@ def test_rows_that_are_all_but_equal(backend, kernel, bandwidth, dtype):
 
     with ddfast.use_backend(backend):
         for scale in (1e-3, 0.03, 1.0, 300.0):
-            found = value_and_gradients(
-                x * smallest * scale, y * smallest * scale, kernel, bandwidth
-            )
-            assert all(t.isfinite().all() for t in found), scale
-            assert not any(t.any() for t in found), scale
+            assert not any(t.any() for t in scaled(scale)), scale  # nor is any of them NaN
         # Far enough from zero, values do not depend on the scale.
         found = scaled(1e5)
         usual = value_and_gradients(x, y, kernel, bandwidth)
