@@ -56,13 +56,28 @@ def test_code_runs(page, tmp_path, monkeypatch, capsys):
         assert not capsys.readouterr().err
 
 
+def prose(page: Path) -> str:
+    """A page without code and display maths, what is left on its own lines."""
+    code = re.compile(r"```.*?```|`[^`]*`", flags=re.S)
+    return code.sub(lambda found: "\n" * found[0].count("\n"), page.read_text(encoding="utf-8"))
+
+
 @pytest.mark.parametrize("page", PAGES, ids=named)
 def test_linked_files_exist(page):
-    text = re.sub(r"```.*?```|`[^`\n]*`", "", page.read_text(encoding="utf-8"), flags=re.S)
+    text = prose(page)
     links = re.findall(r'(?:\]\(|src=")(?!\w+:)([^)#"\s]+)', text)
     assert links or page != README
     for link in links:
         assert (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=named)
+def test_maths_within_a_line_is_left_alone_by_markdown(page):
+    """GitHub's Markdown takes the backslash from `\\,` and `\\|`, and stars and underlines too."""
+    text = prose(page)
+    assert text.count("$") % 2 == 0
+    for maths in re.findall(r"\$([^$]+)\$", text):
+        assert not re.search(r"\n|\\[^a-zA-Z]|\*|[^\w]_", maths), maths
 
 
 # --- docs/operators -------------------------------------------------------------------------------
