@@ -16,7 +16,6 @@ TEXTS = SOURCES | {".md", ".toml", ".txt", ".csv", ".json", ".sh", ".yaml", ".in
 MOST_LINES = 400
 LONGER = {
     "csrc/module.cpp": "the table of all bindings: one idea, and each operator adds to it",
-    "ddfast/evaluate/protocols.py": "the published presets, side by side so that they compare",
 }
 
 # In two parts, so that this file is not found by itself.
