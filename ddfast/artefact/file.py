@@ -56,6 +56,8 @@ def save(artefact: Artefact, path: str | os.PathLike[str]) -> Path:
         whitening = artefact.whitening
         tensors |= {WHITENING + name: getattr(whitening, name) for name in ("shift", "matrix")}
         recipe["whitening"] = {"mode": whitening.mode, "length": whitening.length}
+        if whitening.block:
+            recipe["whitening"]["block"] = whitening.block
     if artefact.decoder is not None:
         recipe["decoder"] = artefact.decoder
     header = {
@@ -133,7 +135,7 @@ def _whitening(recipe: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]) 
     if recipe is None:
         return None
     shift, matrix = (tensors[WHITENING + name] for name in ("shift", "matrix"))
-    return Whitening(recipe["mode"], shift, matrix, recipe["length"])
+    return Whitening(recipe["mode"], shift, matrix, recipe["length"], recipe.get("block", 0))
 
 
 def digest(tensors: Mapping[str, Tensor], recipe: str) -> str:

@@ -82,7 +82,7 @@ class Task(Settings):
 
     dataset: str = setting("name of the data set, such as digits or CIFAR10", group="task")
     data_path: str = setting("folder that holds its files", group="task", identity=False)
-    data_options: dict[str, Any] = setting(  # noqa: RUF009 a field, with a factory
+    data_options: dict[str, Any] = setting(
         'options of its reader, such as {"classes": 5}', {}, group="task"
     )
     seed: int = setting("every random number of the run follows from it", 0, group="task")
