@@ -30,7 +30,8 @@ def filled(page: str, name: str, table: list[dict[str, str]]) -> str:
     """The page with its figures.
 
     Raises:
-        ValueError: a row that nobody has measured, or rows of one table from several machines.
+        ValueError: a row that nobody has measured, rows of one table from several machines, or a
+            marker without a table behind it.
     """
     known = {
         (r["operator"], f"{r['case']}; {r['mode']}", r["provider"]): r
@@ -56,7 +57,10 @@ def filled(page: str, name: str, table: list[dict[str, str]]) -> str:
             raise ValueError(f"{name}: one table of rows from {', '.join(machines)}")
         return f"<!-- measured: {operator} -->\n{next(iter(machines))}\n\n{HEADER}{''.join(lines)}"
 
-    return TABLE.sub(write, page)
+    text, tables = TABLE.subn(write, page)
+    if tables != page.count("<!-- measured:"):
+        raise ValueError(f"{name}: {tables} tables behind {page.count('<!-- measured:')} markers")
+    return text
 
 
 def main() -> int:
