@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 
 from ddfast._version import __version__
-from ddfast.artefact import digest
+from ddfast.artefact.file import digest
 from ddfast.data.files import whole_file
 from ddfast.generator.network import Generator, folded
 

@@ -229,9 +229,16 @@ def resolve(config: C, dataset: Dataset) -> C:
     """The config with every field that was left out set to its published value.
 
     Raises:
-        ValueError: the config names another data set.
+        ValueError: the config names another data set; a field without which no run can begin was
+            left out, and the method has no published value for it.
     """
     config = filled(config, dataset)
+    for name in ("model", "iterations", "init", "lr_img"):
+        if getattr(config, name) is None:
+            raise ValueError(
+                f"{name}: left out, and `published` of {type(config).__module__}.Config has no "
+                "value for it"
+            )
     storage = {"multi_formation": {"factor": 2}, "hallucinators": {"shared": 5}}
     storage["bases"] = {"shared": 16, "base_scale": 2}
     needed: dict[str, Any] = storage.get(config.parametrisation, {})
