@@ -87,9 +87,8 @@ ENGINES = {"unroll", "student", "class_gradients", "features", "empirical_nngp"}
 
 
 def test_every_operator_has_a_page():
-    modules = {m.name for m in pkgutil.iter_modules(ddfast.ops.__path__)} - {"registry", "memory"}
-    for name in modules:
-        importlib.import_module(f"ddfast.ops.{name}")
+    names = {m.name for m in pkgutil.iter_modules(ddfast.ops.__path__)} - {"registry"}
+    modules = {n for n in names if hasattr(importlib.import_module(f"ddfast.ops.{n}"), "declare")}
     pages = {page.stem: page.read_text(encoding="utf-8") for page in OPERATORS.glob("*.md")}
     index = pages.pop("README")
     assert set(pages) == modules | ENGINES
