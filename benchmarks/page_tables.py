@@ -26,20 +26,23 @@ TABLE = re.compile(
 )
 
 
+def case_of(row: dict[str, str]) -> str:
+    """As RESULTS.md has it."""
+    return "; ".join(part for part in (row["case"], row["mode"], row.get("size")) if part)
+
+
 def filled(page: str, name: str, table: list[dict[str, str]]) -> str:
     """The page with its figures.
 
     Raises:
-        ValueError: a row that nobody has measured, or rows of one table from several machines.
+        ValueError: a row that nobody has measured, rows of one table from several machines, or a
+            marker without a table behind it.
     """
-    known = {
-        (r["operator"], f"{r['case']}; {r['mode']}", r["provider"]): r
-        for r in table
-        if r["threads"] == "1"
-    }
+    known = {(r["operator"], case_of(r), r["provider"]): r for r in table if r["threads"] == "1"}
 
     def write(found: re.Match[str]) -> str:
-        operator, lines, machines = found[1], [], {}
+        operator, lines = found[1], []
+        machines: dict[str, None] = {}
         for line in found[3].splitlines():
             case, provider = (cell.strip() for cell in line.split("|")[1:3])
             row = known.get((operator, case, provider))
@@ -56,7 +59,10 @@ def filled(page: str, name: str, table: list[dict[str, str]]) -> str:
             raise ValueError(f"{name}: one table of rows from {', '.join(machines)}")
         return f"<!-- measured: {operator} -->\n{next(iter(machines))}\n\n{HEADER}{''.join(lines)}"
 
-    return TABLE.sub(write, page)
+    text, tables = TABLE.subn(write, page)
+    if tables != page.count("<!-- measured:"):
+        raise ValueError(f"{name}: {tables} tables behind {page.count('<!-- measured:')} markers")
+    return text
 
 
 def main() -> int:
