@@ -33,7 +33,7 @@ unit: .venv/installed
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined
 sanitize: .venv/installed
 	rm -rf build/sanitize && mkdir -p build/sanitize
-	cp -r csrc ddfast kernels setup.py pyproject.toml MANIFEST.in README.md LICENSE build/sanitize/
+	cp -r csrc ddfast kernels benchmarks setup.py pyproject.toml MANIFEST.in README.md LICENSE build/sanitize/
 	rm -f build/sanitize/ddfast/_C* build/sanitize/ddfast/_cuda*
 	cd build/sanitize && CXXFLAGS="$(SANITIZE) -g -O1" LDFLAGS="$(SANITIZE)" \
 	  ../../$(BIN)/python -m pip install --quiet --no-deps --target site .

@@ -192,14 +192,20 @@ def extensions() -> list[Extension]:
     return found
 
 
-# kernels/ lies at the top level of the checkout and installs as ddfast.kernels.
+# kernels/ and benchmarks/ lie at the top level of the checkout and install as ddfast.kernels and
+# ddfast.benchmarks.
 setup(
     packages=[
         *find_packages(include=["ddfast", "ddfast.*"]),
         "ddfast.kernels",
         *(f"ddfast.kernels.{name}" for name in find_packages("kernels")),
+        "ddfast.benchmarks",
     ],
-    package_dir={"ddfast": "ddfast", "ddfast.kernels": "kernels"},
+    package_dir={
+        "ddfast": "ddfast",
+        "ddfast.kernels": "kernels",
+        "ddfast.benchmarks": "benchmarks",
+    },
     package_data={"ddfast.methods": ["figures.csv"]},
     ext_modules=extensions(),
     cmdclass={"build_ext": NinjaBuild},

@@ -13,18 +13,14 @@ from __future__ import annotations
 
 import argparse
 import math
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-from harness import Case, compiled, run
-
 from ddfast.augment import DSA, OPERATIONS
+from ddfast.bench import Case, compiled, run
 from ddfast.compat.dc import DiffAugment, ParamDiffAug
 
 SEED = 8  # mirrors, shifts both ways, erases a full square

@@ -13,17 +13,13 @@ one matrix product per side forward, and one for the gradient, which the kept pr
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-from harness import Case, compiled, run
-
 from ddfast import losses
+from ddfast.bench import Case, compiled, run
 from ddfast.losses import Frequencies
 from ddfast.reference import frequencies as drawn
 from ddfast.reference.characteristic_function import FLOOR

@@ -9,17 +9,13 @@ batched" is the best plain torch for classes of equal size.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-from harness import Case, compiled, run
-
 from ddfast import losses
+from ddfast.bench import Case, compiled, run
 from ddfast.reference import class_mean as reference
 
 

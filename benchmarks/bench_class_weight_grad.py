@@ -9,17 +9,13 @@ count the operations of a direct convolution, products with the padding included
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-sys.path.insert(0, str(Path(__file__).parent))
-from harness import Case, run
-
+from ddfast.bench import Case, run
 from ddfast.ops import class_weight_grad as ops
 from ddfast.reference import class_weight_grad as reference
 

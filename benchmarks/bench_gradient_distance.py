@@ -8,17 +8,13 @@ The baseline does what the official scripts do: a Python loop over classes and l
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-from harness import Case, compiled, run
-
 from ddfast import losses, nets
+from ddfast.bench import Case, compiled, run
 from ddfast.reference import gradient_distance as reference
 
 

@@ -19,16 +19,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-from harness import Case, compiled, run
-
 import ddfast
 from ddfast import losses
+from ddfast.bench import Case, compiled, run
 from ddfast.memory import peak_resident
 
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -208,14 +205,14 @@ def memory(device: str, rows: int) -> None:
     """Print the peak of each provider, each measured in a process of its own."""
     found = {}
     for provider in ("ddfast", "eager"):
-        call = f"bench_mmd.memory_of({provider!r}, {device!r}, {rows})"
-        code = f"import bench_mmd, json; print(json.dumps({call}))"
+        call = f"memory_of({provider!r}, {device!r}, {rows})"
+        code = "import json; from ddfast.benchmarks.bench_mmd import memory_of; "
+        code += f"print(json.dumps({call}))"
         done = subprocess.run(
             [sys.executable, "-c", code],
             capture_output=True,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
-            cwd=Path(__file__).parent,
         )
         if done.returncode != 0:
             print(f"{provider}: failed: {done.stderr[-300:]}")

@@ -8,17 +8,13 @@ The baseline is what the official script does: pad, cut, concatenate, interpolat
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-from harness import Case, compiled, run
-
+from ddfast.bench import Case, compiled, run
 from ddfast.ops.multi_formation import multi_formation
 from ddfast.reference import multi_formation as reference
 

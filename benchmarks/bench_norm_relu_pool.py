@@ -9,17 +9,13 @@ tangent are what a second derivative needs; torch's are measured by differentiat
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).parent))
-from harness import Case, compiled, run
-
+from ddfast.bench import Case, compiled, run
 from ddfast.layers import norm_relu_pool
 from ddfast.ops import norm_relu_pool as ops
 from ddfast.reference import norm_relu_pool as reference

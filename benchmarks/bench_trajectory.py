@@ -9,17 +9,13 @@ ConvNet-3 on CIFAR-10, 2496360 ConvNetD4 with 1000 classes at 64x64.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-from harness import Case, compiled, run
-
 import ddfast.losses  # noqa: F401  registers the operators
+from ddfast.bench import Case, compiled, run
 from ddfast.ops import trajectory as ops
 from ddfast.reference import trajectory as reference
 

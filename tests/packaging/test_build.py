@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [
+    "benchmarks",
     "csrc",
     "ddfast",
     "kernels",
@@ -89,9 +90,10 @@ def use_installed(wheel: Path, folder: Path) -> list[str]:
 def expected_files(source: Path) -> set[str]:
     package = {str(p.relative_to(source)) for p in (source / "ddfast").rglob("*.py")}
     kernels = {f"ddfast/kernels/{p.name}" for p in (source / "kernels").glob("*.py")}
+    benchmarks = {f"ddfast/benchmarks/{p.name}" for p in (source / "benchmarks").glob("*.py")}
     stubs = {"ddfast/_C.pyi", "ddfast/_cuda.pyi"}
     data = {"ddfast/py.typed", "ddfast/methods/figures.csv"} | stubs
-    return package | kernels | data
+    return package | kernels | benchmarks | data
 
 
 @pytest.fixture(scope="module")
