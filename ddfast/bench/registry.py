@@ -1,8 +1,9 @@
 """Which benchmark measures what: every operator of `ddfast.ops`, every method of `ddfast.methods`.
 
-A benchmark is a module of `ddfast.benchmarks` with two functions that yield cases: `cases(options)`,
-the published table, and `sized(size, options)`, the work at a named size's shapes. The one of the
-methods yields those in `options.methods` only, as cases of the operator "method:dm" and so on.
+A benchmark is a module of `ddfast.benchmarks` with two functions that yield cases:
+`cases(options)`, the published table, and `sized(size, options)`, the work at the shapes of a named
+size. The one of the methods yields those in `options.methods` only, as cases of the operator
+"method:dm" and so on.
 """
 
 from __future__ import annotations
