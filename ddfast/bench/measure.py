@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import datetime
 import gc
+import math
 import random
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ import torch
 
 from ddfast.bench import ceilings as machine_ceilings
 from ddfast.bench import intervals
-from ddfast.bench.case import Case, relative_error
+from ddfast.bench.case import Case, has_nan, relative_error
 from ddfast.bench.ceilings import Ceilings, copier
 from ddfast.bench.clock import Timer, synchronize, timer
 from ddfast.bench.machine import device_name, versions
@@ -88,6 +89,7 @@ def _verified(case: Case) -> dict[str, Row]:
             synchronize(case.device)
             first = (time.perf_counter() - start) * 1e3
             found = (case.error or relative_error)(result, exact)
+            found = math.nan if has_nan(result) else found
         except Exception as problem:
             said = " ".join(str(problem).split())[:200]
             rows[name] = {"verified": f"failed: {type(problem).__name__}: {said}"}
