@@ -195,7 +195,7 @@ def _parsed(words: Sequence[str], description: str) -> argparse.Namespace:
     flag("--compare", type=Path, metavar="FILE", help="an older CSV file to compare with")
     flag("--plot", type=Path, metavar="FOLDER", help="draw speeds and roofline there")
     flag("--quiet", action="store_true", help="no progress bar")
-    options = parser.parse_args(list(words))
+    options = parser.parse_intermixed_args(list(words))
     options.sizes = _names("sizes", options.sizes, list(SIZES))
     options.modes = _names("modes", options.modes, list(MODES)) if options.modes else None
     options.memory = parse_memory(options.memory)

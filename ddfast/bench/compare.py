@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ddfast.bench.intervals import FEWEST
-from ddfast.bench.results import heading, number
+from ddfast.bench.results import baselines, heading, number
 
 Row = Mapping[str, Any]
 Interval = tuple[float, float, float]
@@ -56,41 +56,40 @@ def ratio(above: Interval, below: Interval) -> Interval:
     return math.exp(middle), math.exp(middle - down), math.exp(middle + up)
 
 
-def compare(old: Iterable[Row], new: Iterable[Row]) -> list[Comparison]:
+def compare(old: Iterable[Row], new: Sequence[Row]) -> list[Comparison]:
     """Every new row that was timed in both; of several old ones with the same key, the last."""
     before = {_key(row): row for row in old if row["verified"] == "yes"}
-    timed = [row for row in new if row["verified"] == "yes"]
-    return [_compared(before[_key(row)], row) for row in timed if _key(row) in before]
+    first = {_key(row) for row in baselines(new)}
+    return [
+        _compared(before[_key(row)], row, _key(row) in first)
+        for row in new
+        if row["verified"] == "yes" and _key(row) in before
+    ]
 
 
 def _key(row: Row) -> tuple[str, ...]:
     return tuple(str(row.get(name) or "") for name in KEY)
 
 
-def _compared(then: Row, now: Row) -> Comparison:
+def _compared(then: Row, now: Row, baseline: bool) -> Comparison:
     times = ratio(_interval(then, "median_ms", "ms"), _interval(now, "median_ms", "ms"))
     beside = None
-    if all(_number(row, "ratio_to_eager") for row in (then, now)):
+    if not baseline and all(_number(row, "ratio_to_eager") for row in (then, now)):
         beside = ratio(
             _interval(now, "ratio_to_eager", "ratio"), _interval(then, "ratio_to_eager", "ratio")
         )
-    return Comparison(now, times, beside, _verdict(then, now, times, beside))
+    return Comparison(now, times, beside, _verdict(then, now, baseline, times, beside))
 
 
-def _is_baseline(row: Row) -> bool:
-    """Its speed beside itself is 1 in every round."""
-    return all(_number(row, f"ratio_{name}") == 1 for name in ("to_eager", "low", "high"))
-
-
-def _verdict(then: Row, now: Row, times: Interval, beside: Interval | None) -> str:
+def _verdict(then: Row, now: Row, baseline: bool, times: Interval, beside: Interval | None) -> str:
     if then["device"] != now["device"]:
         return "another machine"
+    if baseline:
+        return "baseline"
     if not (then.get("interval") and now.get("interval")):
         return "no intervals"
     if min(_number(then, "rounds"), _number(now, "rounds")) < FEWEST:
         return "too few rounds"
-    if _is_baseline(then) and _is_baseline(now):
-        return "baseline"
     intervals = [times] if beside is None else [times, beside]
     if all(low > 1 for _, low, _ in intervals):
         return "faster"
@@ -124,7 +123,7 @@ def text(comparisons: Sequence[Comparison]) -> str:
             previous = title
         parts = [f"  {found.row['provider']:26}", f"{found.verdict:15}"]
         parts.append(f"{_words(found.times):24} as fast as before")
-        if found.beside is not None and found.verdict != "baseline":
+        if found.beside is not None:
             parts.append(f"; beside the baseline {_words(found.beside)}")
         lines.append("".join(parts))
     counts = Counter(found.verdict for found in comparisons)
@@ -133,9 +132,9 @@ def text(comparisons: Sequence[Comparison]) -> str:
         "(faster, slower: both 95 % intervals, of old over new time and of the speed beside the "
         "baseline, exclude 1 on the same side; else same)"
     )
-    baselines = [found.times[0] for found in comparisons if found.verdict == "baseline"]
-    if baselines:
-        middle = number(statistics.median(baselines))
+    machine = [found.times[0] for found in comparisons if found.verdict == "baseline"]
+    if machine:
+        middle = number(statistics.median(machine))
         lines.append(f"baselines: {middle} x as fast as before, which is the machine's part")
     if "another machine" in counts:
         lines.append("warning: the older file is of another machine; its times do not compare")

@@ -120,16 +120,11 @@ def _timed(
     if seconds is not None:
         rounds = min(rounds, max(int(seconds / max(one_round, 1e-9)), FEWEST_ROUNDS))
     order = random.Random(0)
-    # A long collection in the middle of a call would be charged to that call.
-    gc.collect()
-    gc.freeze()
-    try:
-        for _ in range(rounds):
-            # Who comes after whom changes from round to round: a cold cache is shared by all.
-            for name in order.sample(list(functions), len(functions)):
-                times[name].append(max(milliseconds(functions[name]), SHORTEST))
-    finally:
-        gc.unfreeze()
+    gc.collect()  # rather than in the middle of a call
+    for _ in range(rounds):
+        # Who comes after whom changes from round to round: a cold cache is shared by all.
+        for name in order.sample(list(functions), len(functions)):
+            times[name].append(max(milliseconds(functions[name]), SHORTEST))
     return times
 
 
@@ -148,12 +143,12 @@ def _figures(
         "high_ms": round(high, 4),
         "interval": f"{intervals.CONFIDENCE:.0%}",
         "rounds": len(times),
-        "gigabytes_per_second": round(case.bytes / ms / 1e6, 2),
+        "gigabytes_per_second": float(f"{case.bytes / ms / 1e6:.4g}"),
         "share_of_copy": round(intervals.median(copied)[0] / ms, 2),
         "times_ms": times,
     }
     if case.flops:
-        row["gigaflops_per_second"] = round(case.flops / ms / 1e6, 1)
+        row["gigaflops_per_second"] = float(f"{case.flops / ms / 1e6:.4g}")
     if baseline is not None:
         ratio, low, high = intervals.ratio(baseline, times)
         row |= {

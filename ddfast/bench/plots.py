@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ddfast.bench.ceilings import Ceilings
+from ddfast.bench.results import baselines
 
 Row = Mapping[str, Any]
 
@@ -52,7 +53,8 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 def _speeds(path: Path, rows: Sequence[Row]) -> Path:
     """A bar for each provider of each case but the baselines, with its interval."""
-    bars = [row for row in rows if row.get("ratio_to_eager") and not _is_baseline(row, rows)]
+    first = baselines(rows)
+    bars = [row for row in rows if row.get("ratio_to_eager") and not any(row is b for b in first)]
     figure, axes = _figure(10, 1 + 0.22 * len(bars))
     for at, row in enumerate(bars):
         middle, low, high = (float(row[f"ratio_{name}"]) for name in ("to_eager", "low", "high"))
@@ -68,13 +70,6 @@ def _speeds(path: Path, rows: Sequence[Row]) -> Path:
     axes.set_title(_machine(rows), fontsize=8)
     figure.savefig(path, dpi=150)
     return path
-
-
-def _is_baseline(row: Row, rows: Sequence[Row]) -> bool:
-    """Whether it is the first of its case."""
-    same = ("operator", "case", "mode", "size", "threads")
-    first = next(r for r in rows if all(r.get(n) == row.get(n) for n in same))
-    return first is row
 
 
 def _roofline(path: Path, rows: Sequence[Row], ceilings: Ceilings) -> Path:

@@ -25,8 +25,13 @@ def row(provider="ddfast", ms=(1.0, 0.9, 1.1), beside=(4.0, 3.8, 4.2), **more):
     }
 
 
+BASELINE = row("eager", (1.0, 1.0, 1.0), (1.0, 1.0, 1.0))
+
+
 def verdict(old, new):
-    (found,) = compare([old], [new])
+    """Of the second row of a case, whose first is the baseline."""
+    baseline, found = compare([BASELINE, old], [BASELINE, new])
+    assert baseline.verdict == "baseline" and baseline.beside is None
     return found.verdict
 
 
@@ -50,9 +55,8 @@ def test_faster_and_slower_need_both_intervals():
 
 
 def test_the_baseline_is_not_judged():
-    old = row("eager", (1.0, 1.0, 1.0), (1.0, 1.0, 1.0))
     new = row("eager", (2.0, 2.0, 2.0), (1.0, 1.0, 1.0))
-    found = compare([old], [new])
+    found = compare([BASELINE], [new])
     assert found[0].verdict == "baseline"
     assert "baselines: 0.5 x as fast as before" in text(found)
 
@@ -67,7 +71,7 @@ def test_no_verdict_where_none_can_be_given():
     assert verdict(row(device="another"), row(**fast)) == "another machine"
     assert verdict(row(interval=""), row(**fast)) == "no intervals"
     assert verdict(row(rounds=5), row(**fast)) == "too few rounds"
-    found = compare([row(device="another")], [row(**fast)])
+    found = compare([row(device="another")], [BASELINE, row(**fast)])
     assert "warning: the older file is of another machine" in text(found)
 
 

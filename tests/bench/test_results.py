@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ddfast.bench import results
+from ddfast.benchmarks import readme_table
 
 ROOT = Path(__file__).resolve().parents[2]
 OLD = results.COLUMNS[:22]
@@ -103,6 +104,27 @@ def test_block():
     ):
         assert part in ours
     assert results.block([row(verified="WRONG (allowed 1e-05)")]).endswith("WRONG (allowed 1e-05)")
+
+
+def written(r):
+    """A row as a file has it."""
+    return {name: str(r.get(name, "")) for name in results.COLUMNS}
+
+
+def test_the_readme_says_whether_it_shows_intervals_or_quartiles():
+    new = row(share_of_copy=0.5, first_call_ms=7.0, device="new", threads=1, torch="2", date="d")
+    old = dict.fromkeys(results.COLUMNS, "") | {
+        name: value for name, value in written(new).items() if name in OLD
+    }
+    old |= {"device": "old", "case": "gaussian, n=m=10"}
+    new = written(new)
+    assert readme_table.spread([old]) == "quartiles"
+    assert readme_table.spread([new]) == "95 % interval"
+    assert readme_table.spread([old, new]) == "95 % interval, or quartiles*"
+    assert "| 12.3 (11 to 13*) |" in readme_table.summary([old, new])
+    first, second = readme_table.markdown([old, new]).split("\n\n")[1:4:2]
+    assert first.splitlines()[-1].endswith("| ddfast | 0.123 | 12.3 (11 to 13) | 50 % | 7 |")
+    assert second.splitlines()[-1].endswith("| 50 % | 7 | 50 % (bandwidth) | 1.5 |")
 
 
 @pytest.mark.parametrize(
