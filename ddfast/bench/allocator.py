@@ -17,6 +17,11 @@ def tuned() -> bool:
     return THRESHOLDS.items() <= os.environ.items()
 
 
+def label() -> str:
+    """What a mode's name ends with under these thresholds."""
+    return "; allocator tuned" if tuned() else ""
+
+
 def start_again() -> None:
     """Replace this process by one with the thresholds, which malloc reads at the start only.
 

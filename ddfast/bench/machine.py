@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import importlib
 import platform
 import subprocess
 from pathlib import Path
 
+import numpy
 import torch
+
+import ddfast
+from ddfast import backend
 
 
 def device_name(device: str) -> str:
@@ -24,6 +30,7 @@ def device_name(device: str) -> str:
     return platform.processor() or platform.machine()
 
 
+@functools.cache
 def commit() -> str:
     """Short hash of the checkout, '+' behind it if files differ; empty outside one."""
     command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
@@ -31,3 +38,24 @@ def commit() -> str:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Of everything that the times depend on; "" for what is missing.
+
+    "level" is the instruction set of the C++ kernels that answers.
+    """
+    try:
+        triton = str(importlib.import_module("triton").__version__)
+    except ImportError:
+        triton = ""
+    return {
+        "torch": torch.__version__,
+        "triton": triton,
+        "numpy": numpy.__version__,
+        "python": platform.python_version(),
+        "level": backend.compiled.level() if backend.compiled is not None else "",
+        "ddfast": ddfast.__version__,
+        "commit": commit(),
+    }

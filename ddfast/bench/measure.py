@@ -1,120 +1,169 @@
-"""Timing that can be believed: verify, interleave, take medians, state threads and machine.
+"""One case: verify, weigh, then time all providers in turn.
 
-Every benchmark in this folder builds `Case`s and hands them to `run`. Each provider's result is
-checked against the first one's, the definition in float64, before anything is timed; a provider
-outside its tolerance is reported as wrong and not timed. Providers then run in turn, round by round
-in one process, so that a machine that slows down slows all of them, and a ratio is the median of
-the per-round ratios. On CPU the clock is the calling thread's own when one thread is used (other
-processes then steal less of the figure), else the wall clock; on CUDA, events.
+Each provider's result is checked against the definition in float64 before anything is timed; a
+provider outside its tolerance is reported as wrong and not timed. Providers then run in turn, round
+by round in one process and in a new random order each round, so that a machine that slows down
+slows all of them; a ratio is the median of the per-round ratios. Medians and ratios have bootstrap
+95 % intervals.
 """
 
 from __future__ import annotations
 
 import datetime
+import gc
 import random
-import statistics
 import time
 from collections.abc import Callable
 
 import torch
 
-import ddfast
+from ddfast.bench import ceilings as machine_ceilings
+from ddfast.bench import intervals
 from ddfast.bench.case import Case, relative_error
-from ddfast.bench.machine import commit, device_name
+from ddfast.bench.ceilings import Ceilings, copier
+from ddfast.bench.clock import Timer, synchronize, timer
+from ddfast.bench.machine import device_name, versions
+from ddfast.bench.peak import weigh
 
 COPY = "copy of as many bytes"
+FEWEST_ROUNDS = 3
+SHORTEST = 1e-6  # milliseconds, so that no ratio is one to zero
+
+Row = dict[str, object]
 
 
-def timed(f: Callable[[], object], device: str, threads: int) -> float:
-    """Milliseconds of one call."""
-    if device == "cuda":
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        f()
-        end.record()
-        torch.cuda.synchronize()
-        return float(begin.elapsed_time(end))
-    # A provider that works in threads of its own names its clock.
-    clock = getattr(f, "clock", time.thread_time if threads == 1 else time.perf_counter)
-    start = clock()
-    f()
-    return (clock() - start) * 1e3
+def measure(
+    case: Case,
+    ceilings: Ceilings | None = None,
+    milliseconds: Timer | None = None,
+    seconds: float | None = None,
+) -> list[Row]:
+    """Verify and time one case.
 
+    Args:
+        ceilings: of the machine, for the share of its floor.
+        milliseconds: of one call of a function; left out: the device's clock.
+        seconds: that the timed rounds should take; fewer rounds than the case asks for if need be,
+            three at least.
 
-def copier(bytes_moved: int, device: str) -> Callable[[], object]:
-    """A copy between two buffers that reads and writes so many bytes in all."""
-    count = max(bytes_moved // 8, 1)
-    source, target = torch.ones(count, device=device), torch.ones(count, device=device)
-    return lambda: target.copy_(source)
-
-
-def measure(case: Case) -> list[dict[str, object]]:
-    """Verify and time one case; one row a provider."""
+    Returns:
+        One row for each provider, by the columns of `ddfast.bench.results` and "times_ms".
+    """
     threads = torch.get_num_threads()
+    milliseconds = milliseconds or timer(case.device, threads)
+    rows = _verified(case)
+    good = [name for name, row in rows.items() if row["verified"] == "yes"]
+    for name in good:
+        peak = weigh(case.providers[name], case.device)
+        rows[name]["peak_mib"] = "" if peak is None else round(peak / 2**20, 2)
+    # The copy is timed in turn with the rest: its buffers are as cold as theirs.
+    functions = {name: case.providers[name] for name in good}
+    functions[COPY] = copier(case.bytes, case.device)
+    times = _timed(functions, case.rounds, milliseconds, seconds)
+    copied = times.pop(COPY)
+    baseline = times.get(next(iter(case.providers)))
+    for name in good:
+        rows[name] |= _figures(case, times[name], copied, baseline, ceilings)
+    constant = {
+        "operator": case.operator,
+        "case": case.name,
+        "mode": case.mode,
+        "size": case.size,
+        "dtype": case.dtype,
+        "threads": threads,
+        "device": device_name(case.device),
+        "date": datetime.date.today().isoformat(),
+    }
+    return [constant | versions() | {"provider": name} | row for name, row in rows.items()]
+
+
+def _verified(case: Case) -> dict[str, Row]:
+    """Every provider's first call and error."""
     exact = case.exact()
-    rows: dict[str, dict[str, object]] = {}
+    rows: dict[str, Row] = {}
     for name, f in case.providers.items():
         start = time.perf_counter()
         try:
             result = f()
+            synchronize(case.device)
+            first = (time.perf_counter() - start) * 1e3
+            found = (case.error or relative_error)(result, exact)
         except Exception as problem:
-            print(f"  {name}: failed: {type(problem).__name__}: {str(problem)[:200]}")
-            rows[name] = {"verified": f"failed: {type(problem).__name__}"}
+            said = " ".join(str(problem).split())[:200]
+            rows[name] = {"verified": f"failed: {type(problem).__name__}: {said}"}
             continue
-        first = (time.perf_counter() - start) * 1e3
-        found = (case.error or relative_error)(result, exact)
+        # Not `found > tolerance`: NaN is wrong, too.
         good = found <= case.tolerance
         rows[name] = {
             "first_call_ms": round(first, 3),
             "max_relative_error": f"{found:.2g}",
             "verified": "yes" if good else f"WRONG (allowed {case.tolerance:g})",
         }
-    timed_names = [n for n, r in rows.items() if r["verified"] == "yes"]
-    # The ceiling is measured in turn with the rest: its buffers are as cold as theirs.
-    functions = {n: case.providers[n] for n in timed_names} | {
-        COPY: copier(case.bytes, case.device)
-    }
-    times: dict[str, list[float]] = {n: [] for n in functions}
-    order = random.Random(0)
+    return rows
+
+
+def _timed(
+    functions: dict[str, Callable[[], object]],
+    rounds: int,
+    milliseconds: Timer,
+    seconds: float | None,
+) -> dict[str, list[float]]:
+    """Milliseconds of each function in each round."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    # Twice: the second round of calls finds memory and caches as the timed ones do.
     for _ in range(2):
-        for f in functions.values():
-            f()
-    for _ in range(case.rounds):
-        # Who comes after whom changes from round to round: a cold cache is shared by all.
-        for n in order.sample(list(functions), len(functions)):
-            times[n].append(timed(functions[n], case.device, threads))
-    copied = statistics.median(times[COPY])
-    baseline = next(iter(case.providers))
-    for n in timed_names:
-        ms = statistics.median(times[n])
-        quartiles = statistics.quantiles(times[n], n=4)
-        rate = case.bytes / ms / 1e6
-        rows[n] |= {
-            "median_ms": round(ms, 4),
-            "low_ms": round(quartiles[0], 4),
-            "high_ms": round(quartiles[2], 4),
-            "gigabytes_per_second": round(rate, 2),
-            "share_of_copy": round(copied / ms, 2),
-        }
-        if case.flops:
-            rows[n]["gigaflops_per_second"] = round(case.flops / ms / 1e6, 1)
-        if baseline in times:
-            ratios = [b / t for b, t in zip(times[baseline], times[n], strict=True)]
-            quartiles = statistics.quantiles(ratios, n=4)
-            rows[n] |= {
-                "ratio_to_eager": round(statistics.median(ratios), 2),
-                "ratio_low": round(quartiles[0], 2),
-                "ratio_high": round(quartiles[2], 2),
-            }
-    constant = {
-        "operator": case.operator,
-        "case": case.name,
-        "mode": case.mode,
-        "threads": threads,
-        "device": device_name(case.device),
-        "torch": torch.__version__,
-        "ddfast": ddfast.__version__,
-        "commit": commit(),
-        "date": datetime.date.today().isoformat(),
+        one_round = sum(milliseconds(f) for f in functions.values()) / 1e3
+        if seconds is not None and 2 * one_round > seconds:
+            break
+    if seconds is not None:
+        rounds = min(rounds, max(int(seconds / max(one_round, 1e-9)), FEWEST_ROUNDS))
+    order = random.Random(0)
+    # A long collection in the middle of a call would be charged to that call.
+    gc.collect()
+    gc.freeze()
+    try:
+        for _ in range(rounds):
+            # Who comes after whom changes from round to round: a cold cache is shared by all.
+            for name in order.sample(list(functions), len(functions)):
+                times[name].append(max(milliseconds(functions[name]), SHORTEST))
+    finally:
+        gc.unfreeze()
+    return times
+
+
+def _figures(
+    case: Case,
+    times: list[float],
+    copied: list[float],
+    baseline: list[float] | None,
+    ceilings: Ceilings | None,
+) -> Row:
+    """The columns that follow from the times."""
+    ms, low, high = intervals.median(times)
+    row: Row = {
+        "median_ms": round(ms, 4),
+        "low_ms": round(low, 4),
+        "high_ms": round(high, 4),
+        "interval": f"{intervals.CONFIDENCE:.0%}",
+        "rounds": len(times),
+        "gigabytes_per_second": round(case.bytes / ms / 1e6, 2),
+        "share_of_copy": round(intervals.median(copied)[0] / ms, 2),
+        "times_ms": times,
     }
-    return [constant | {"provider": n} | row for n, row in rows.items()]
+    if case.flops:
+        row["gigaflops_per_second"] = round(case.flops / ms / 1e6, 1)
+    if baseline is not None:
+        ratio, low, high = intervals.ratio(baseline, times)
+        row |= {
+            "ratio_to_eager": round(ratio, 2),
+            "ratio_low": round(low, 2),
+            "ratio_high": round(high, 2),
+        }
+    if ceilings is not None:
+        least, bound = machine_ceilings.floor(ceilings, case.bytes, case.flops, case.dtype)
+        row |= {
+            "floor_ms": float(f"{least:.3g}"),
+            "share_of_floor": round(least / ms, 3),
+            "bound": bound,
+        }
+    return row

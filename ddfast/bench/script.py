@@ -6,17 +6,20 @@ import argparse
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ddfast.bench import allocator
 from ddfast.bench.case import Case
+from ddfast.bench.ceilings import in_words, measure_ceilings
+from ddfast.bench.clock import timer
 from ddfast.bench.measure import measure
-from ddfast.bench.results import append, table
+from ddfast.bench.results import append, block
 
 
-def run(cases: Callable[[argparse.Namespace], Iterable[Case]], description: str) -> None:
-    """Command line of one benchmark file: measure its cases, print the table, append to a CSV."""
+def run(cases: Callable[[Any], Iterable[Case]], description: str) -> None:
+    """Command line of one benchmark file: measure its cases, print them, append to a CSV."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
@@ -29,16 +32,16 @@ def run(cases: Callable[[argparse.Namespace], Iterable[Case]], description: str)
     if options.tuned_allocator:
         allocator.start_again()
     torch.set_num_threads(options.threads)
-    rows: list[dict[str, object]] = []
+    milliseconds = timer(options.device, options.threads)
+    ceilings = measure_ceilings(options.device, milliseconds)
+    print(in_words(ceilings), file=sys.stderr)
     for case in cases(options):
-        if allocator.tuned():
-            case.mode += "; allocator tuned"
         if options.only not in f"{case.name}; {case.mode}":
             continue
+        case.mode += allocator.label()
         if options.quick:
             case.rounds = min(case.rounds, 5)
-        print(f"{case.operator}: {case.name}, {case.mode}", file=sys.stderr, flush=True)
-        rows += measure(case)
-    print(table(rows))
-    if options.out is not None:
-        append(options.out, rows)
+        rows = measure(case, ceilings, milliseconds)
+        print(block(rows), flush=True)
+        if options.out is not None:
+            append(options.out, rows)
