@@ -22,7 +22,7 @@ ORDERS = "forward", "backward", "double"
 # share that is half or twice as large as it might be does no harm.
 SECONDS = 0.2
 QUICK_SECONDS = 0.025
-OPERATIONS = {"cpu": 2e10, "cuda": 1e13}
+OPERATIONS = {"cpu": 1e11, "cuda": 1e13}
 BYTES = {"cpu": 2e9, "cuda": 5e11}
 
 
