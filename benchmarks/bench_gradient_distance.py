@@ -44,7 +44,9 @@ def class_major(tensors: Sequence[Tensor], layers: int) -> list[Tensor]:
     """Gradients of every layer, (classes, ...), as those of class 0, then those of class 1, ..."""
     values, rest = list(tensors[: len(tensors) % layers]), tensors[len(tensors) % layers :]
     for first in range(0, len(rest), layers):
-        values += [t for of_class in zip(*rest[first : first + layers], strict=True) for t in of_class]
+        values += [
+            t for of_class in zip(*rest[first : first + layers], strict=True) for t in of_class
+        ]
     return values
 
 
@@ -100,9 +102,7 @@ def case(
             return reference.gradient_distance(tensors, wide, "row_cosine", 1e-6, True)
 
         along = [t.double() for t in directions]
-        return arranged(
-            sizing.work(defined, [t.double() for t in syn], mode, directions=along)
-        )()
+        return arranged(sizing.work(defined, [t.double() for t in syn], mode, directions=along))()
 
     providers: dict[str, Callable[[], object]] = {
         "eager": sizing.work(loop, parts, mode, directions=rows),

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ddfast.bench.sizes import Size, fitted
+from ddfast.testing import flatten
 
 ORDERS = "forward", "backward", "double"
 
@@ -119,7 +120,7 @@ def work(
             and those of their product with fixed directions).
         linear: the gradient depends on the cotangents alone, and "double" differentiates by them.
         directions: in the leaves' shapes; None for random ones.
-        seed: of the cotangents (ones for losses) and directions, the same for all providers and dtypes.
+        seed: of cotangents (ones for losses) and directions, the same for all providers and dtypes.
     """
     if mode == "forward":
 
@@ -162,3 +163,16 @@ def work(
 
 def _all(result: Result) -> tuple[Tensor, ...]:
     return (result,) if isinstance(result, Tensor) else result
+
+
+def norm_error(result: object, exact: object) -> float:
+    """The largest error over all tensors, each in norm and relative to its own norm.
+
+    For gradients behind a ReLU: where its input rounds to the other side of zero, one value is off
+    in any program, and the largest entry's error is that one's.
+    """
+    worst = 0.0
+    for ours, wanted in zip(flatten(result), flatten(exact), strict=True):  # type: ignore[arg-type]
+        scale = float(wanted.detach().double().norm()) or 1.0
+        worst = max(worst, float((ours.detach().double() - wanted.detach()).norm()) / scale)
+    return worst
