@@ -123,14 +123,24 @@ def of_all(cases: Iterable[Any]) -> str:
 
 
 def settings(name: str) -> str:
-    """Every flag that the method has of its own."""
+    """What the flags are that every method has, and every flag that this one has of its own."""
     found = [case for by_ipc in resolved(name).values() for case in by_ipc.values()]
+    config = methods.find(name).config
+    own, common = own_fields(config), []
     lines = []
-    for field in own_fields(methods.find(name).config):
+    for field in own:
         default = of_all(case[field.name] for case in found) or "see below"
         help = field.metadata["help"].replace("|", "\\|")
         lines.append([f"`--{field.name}`", help, default])
-    return table(("flag", "what it is", "left out"), lines)
+    for field in dataclasses.fields(config):
+        if field.name not in SHARED or field in own or field.metadata["group"] != "method":
+            continue
+        value = of_all(case[field.name] for case in found)
+        shown = field.name != "lr_decoder" and "no meaning" not in field.metadata["help"]
+        if shown and value not in ("", text(None)):
+            common.append(f"`--{field.name}` {value}")
+    of_own = table(("flag", "what it is", "left out"), lines)
+    return f"Flags of all methods, left out: {', '.join(common)}.\n\n{of_own}"
 
 
 def published(name: str) -> str:
@@ -147,16 +157,16 @@ def published(name: str) -> str:
     ]
     alike: dict[tuple[Any, ...], list[str]] = {}
     for dataset, by_ipc in found.items():
-        rows: dict[tuple[Any, ...], list[int]] = {}
+        rows: dict[tuple[str, ...], list[int]] = {}
         for ipc, case in by_ipc.items():
-            rows.setdefault(tuple(case[c] for c in columns), []).append(ipc)
+            rows.setdefault(tuple(text(case[c]) for c in columns), []).append(ipc)
         key = tuple((tuple(ipcs), values) for values, ipcs in rows.items())
         alike.setdefault(key, []).append(dataset)
     lines = [
         [
             "all" if len(names) == len(found) else ", ".join(names),
             ", ".join(map(str, ipcs)),
-            *map(text, values),
+            *values,
         ]
         for rows_of, names in alike.items()
         for ipcs, values in rows_of
