@@ -47,6 +47,15 @@ IPCS = {"dm": (1, 10, 50, 100), "datm": (1, 10, 50, 100, 500), "idc": (1, 10, 20
 PER_IPC = {"idc": ("lr_img",), "idc_i": ("lr_img",)}
 """Settings in proportion to ipc: what is shown is that of one image per class."""
 
+RELATIVES = {
+    "dsa": "dc",
+    "dcc": "dc",
+    "dsac": "dcc",
+    "idc_i": "idc",
+    **dict.fromkeys(("tesla", "ftd", "datm"), "mtt"),
+}
+"""Methods whose page leaves to another one what the two have in common."""
+
 WITHOUT_FLIP = "digits, MNIST and SVHN"
 
 
@@ -122,25 +131,40 @@ def of_all(cases: Iterable[Any]) -> str:
     return ""
 
 
+def described(name: str) -> dict[str, list[str]]:
+    """Of every flag that a method has of its own what it is, and its value where left out."""
+    found = [case for by_ipc in resolved(name).values() for case in by_ipc.values()]
+    return {
+        field.name: [
+            f"`--{field.name}`",
+            field.metadata["help"],
+            of_all(case[field.name] for case in found) or "see below",
+        ]
+        for field in own_fields(methods.find(name).config)
+    }
+
+
 def settings(name: str) -> str:
     """What the flags are that every method has, and every flag that this one has of its own."""
     found = [case for by_ipc in resolved(name).values() for case in by_ipc.values()]
-    config = methods.find(name).config
-    own, common = own_fields(config), []
-    lines = []
-    for field in own:
-        default = of_all(case[field.name] for case in found) or "see below"
-        help = field.metadata["help"].replace("|", "\\|")
-        lines.append([f"`--{field.name}`", help, default])
-    for field in dataclasses.fields(config):
-        if field.name not in SHARED or field in own or field.metadata["group"] != "method":
+    own, common = described(name), []
+    for field in dataclasses.fields(methods.find(name).config):
+        if field.name not in SHARED or field.name in own or field.metadata["group"] != "method":
             continue
         value = of_all(case[field.name] for case in found)
         shown = field.name != "lr_decoder" and "no meaning" not in field.metadata["help"]
         if shown and value not in ("", text(None)):
             common.append(f"`--{field.name}` {value}")
-    of_own = table(("flag", "what it is", "left out"), lines)
-    return f"Flags of all methods, left out: {', '.join(common)}.\n\n{of_own}"
+    said = f"Flags of all methods, where left out: {', '.join(common)}."
+    if name in RELATIVES:
+        relative = described(RELATIVES[name])
+        alike = [flag for flag, line in own.items() if relative.get(flag) == line]
+        flags = ", ".join(f"`--{flag}`" for flag in alike)
+        said += f" As for [{RELATIVES[name]}]({RELATIVES[name]}.md): {flags}."
+        own = {flag: line for flag, line in own.items() if flag not in alike}
+    if not own:
+        return said + "\n"
+    return f"{said}\n\n{table(('flag', 'what it is', 'left out'), own.values())}"
 
 
 def published(name: str) -> str:
@@ -196,4 +220,5 @@ def figures(name: str) -> str:
 
 def tables(name: str) -> dict[str, str]:
     """A method's tables, by the name of their markers."""
-    return {SETTINGS: settings(name), PUBLISHED: published(name), FIGURES: figures(name)}
+    made = {SETTINGS: settings(name), PUBLISHED: published(name), FIGURES: figures(name)}
+    return {marker: table.rstrip("\n") for marker, table in made.items()}
