@@ -109,7 +109,7 @@ def text(value: Any) -> str:
         return str(value).lower()
     if isinstance(value, int):
         return str(value)
-    return f"{value:.4g}" if isinstance(value, float) else f"`{value}`"
+    return f"{float(f'{value:.4g}'):g}" if isinstance(value, float) else f"`{value}`"
 
 
 def table(head: Iterable[str], lines: Iterable[Iterable[str]], numbers: int = 0) -> str:
@@ -138,7 +138,7 @@ def described(name: str) -> dict[str, list[str]]:
         field.name: [
             f"`--{field.name}`",
             field.metadata["help"],
-            of_all(case[field.name] for case in found) or "see below",
+            of_all(case[field.name] for case in found) or "by data set",
         ]
         for field in own_fields(methods.find(name).config)
     }
@@ -155,16 +155,16 @@ def settings(name: str) -> str:
         shown = field.name != "lr_decoder" and "no meaning" not in field.metadata["help"]
         if shown and value not in ("", text(None)):
             common.append(f"`--{field.name}` {value}")
-    said = f"Flags of all methods, where left out: {', '.join(common)}."
+    said = f"Defaults of the flags that all methods have: {', '.join(common)}."
     if name in RELATIVES:
         relative = described(RELATIVES[name])
         alike = [flag for flag, line in own.items() if relative.get(flag) == line]
         flags = ", ".join(f"`--{flag}`" for flag in alike)
-        said += f" As for [{RELATIVES[name]}]({RELATIVES[name]}.md): {flags}."
+        said += f" As for [{RELATIVES[name]}]({RELATIVES[name]}.md) are {flags}."
         own = {flag: line for flag, line in own.items() if flag not in alike}
     if not own:
         return said + "\n"
-    return f"{said}\n\n{table(('flag', 'what it is', 'left out'), own.values())}"
+    return f"{said}\n\n{table(('flag', 'what it is', 'default'), own.values())}"
 
 
 def published(name: str) -> str:

@@ -61,7 +61,17 @@ def test_flags_that_a_page_names_exist(name) -> None:
     """Of the method, of the commands, or of the expert's and the generator's training."""
     fields = dataclasses.fields(methods.find(name).config)
     known = {each for field in fields for each in (field.name, *field.metadata["aliases"])}
-    known |= {"out", "memory", "protocol", "device", "evaluate", "optimiser", "alpha", "adaptive"}
+    known |= {
+        "model",
+        "out",
+        "memory",
+        "protocol",
+        "device",
+        "evaluate",
+        "optimiser",
+        "alpha",
+        "adaptive",
+    }
     known |= {"method"}  # of an official script
     assert set(re.findall(r"--(\w+)", page(name).replace("<!--", "").replace("-->", ""))) <= known
 
