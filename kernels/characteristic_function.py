@@ -15,10 +15,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from ddfast.kernels.class_weight_grad import tensor_float_allowed
-from ddfast.kernels.frequencies import drawn
 from torch import Tensor
 
+from ddfast.kernels.class_weight_grad import tensor_float_allowed
+from ddfast.kernels.frequencies import drawn
 from ddfast.layout import readable
 from ddfast.reference import characteristic_function as reference
 from ddfast.reference.characteristic_function import wide_dtype

@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 import torch
 import triton
 import triton.language as tl
-from ddfast.kernels.gradient_distance_programs import first_kernel, second_kernel
 from torch import Tensor
 
+from ddfast.kernels.gradient_distance_programs import first_kernel, second_kernel
 from ddfast.reference.gradient_distance import METRICS, accumulator, has_rows
 
 ROW_COSINE, COSINE, MSE, L1 = range(4)

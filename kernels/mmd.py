@@ -14,9 +14,9 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from ddfast.kernels.mmd_parts import POLYNOMIAL, inner, kernel_of, pairs
 from torch import Tensor
 
+from ddfast.kernels.mmd_parts import POLYNOMIAL, inner, kernel_of, pairs
 from ddfast.layout import readable
 from ddfast.reference.gradient_distance import accumulator
 from ddfast.reference.mmd import KERNELS, rates_of

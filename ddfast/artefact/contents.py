@@ -22,6 +22,7 @@ from ddfast.synthetic import check_decoder, decode, grid, labelled
 __all__ = ["SPACES", "Artefact"]
 
 SPACES = ("normalised", "pixel")
+"""What numbers the images of an artefact may be, see :class:`Artefact`."""
 
 
 def _versions() -> dict[str, str]:
@@ -53,7 +54,8 @@ class Artefact:
             where the method learned one for each training step.
         decoder: None, or how `decoded` makes the images to train on from those stored: plain
             values for `ddfast.synthetic.decode`.
-        decoder_tensors: float32, by name, what the decoder needs beside the images; finite.
+        decoder_tensors: float32 of any shape, by name, what the decoder needs beside the images;
+            finite.
         versions: of ddfast and torch.
 
     Raises:
@@ -171,10 +173,12 @@ class Artefact:
 
     @property
     def num_classes(self) -> int:
+        """As many as there are class names."""
         return len(self.class_names)
 
     @property
     def channels(self) -> int:
+        """Of each image."""
         return int(self.images.shape[1])
 
     @property
@@ -248,6 +252,9 @@ class Artefact:
         scaled to 0..1, neither rounded nor clamped: a distilled image may leave that range.
         Whitened ones are un-whitened first.
 
+        Args:
+            mean, std: one number a channel, for pixels scaled to 0..1.
+
         Raises:
             ValueError: not one number a channel.
         """
@@ -268,14 +275,14 @@ class Artefact:
         return ((unit - shift) / scale).float()
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the file, see :func:`ddfast.artefact.save`."""
+        """Write the file at `path`, see :func:`ddfast.artefact.save`."""
         from ddfast.artefact.file import save  # which imports this module
 
         return save(self, path)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Artefact:
-        """Read a file, see :func:`ddfast.artefact.load`."""
+        """Read the file at `path`, see :func:`ddfast.artefact.load`."""
         from ddfast.artefact.file import load
 
         return load(path)

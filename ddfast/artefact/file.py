@@ -22,6 +22,7 @@ from ddfast.data.whitening import Whitening
 __all__ = ["FORMAT_VERSION", "load", "save"]
 
 FORMAT_VERSION = 1
+"""Of the files that are written, and the only one that is read."""
 
 # All metadata live under one key: safetensors writes several in random order, and the same artefact
 # has to be the same bytes.
@@ -36,8 +37,16 @@ def save(artefact: Artefact, path: str | os.PathLike[str]) -> Path:
 
     The same artefact gives the same bytes.
 
+    Args:
+        artefact: what to write.
+        path: of the file; its folder must exist.
+
+    Returns:
+        The path.
+
     Raises:
         FileNotFoundError, PermissionError: the folder does not exist or cannot be written.
+        IsADirectoryError: the path is a folder.
         TypeError: not an artefact.
     """
     if not isinstance(artefact, Artefact):
@@ -56,6 +65,8 @@ def save(artefact: Artefact, path: str | os.PathLike[str]) -> Path:
         whitening = artefact.whitening
         tensors |= {WHITENING + name: getattr(whitening, name) for name in ("shift", "matrix")}
         recipe["whitening"] = {"mode": whitening.mode, "length": whitening.length}
+        if whitening.block:
+            recipe["whitening"]["block"] = whitening.block
     if artefact.decoder is not None:
         recipe["decoder"] = artefact.decoder
     header = {
@@ -71,6 +82,9 @@ def save(artefact: Artefact, path: str | os.PathLike[str]) -> Path:
 
 def load(path: str | os.PathLike[str]) -> Artefact:
     """Read an artefact. Nothing is unpickled, and the contents are checked against a checksum.
+
+    Args:
+        path: of the file, `distilled.safetensors` in the folder of a run.
 
     Raises:
         FileNotFoundError: no such file.
@@ -133,7 +147,7 @@ def _whitening(recipe: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]) 
     if recipe is None:
         return None
     shift, matrix = (tensors[WHITENING + name] for name in ("shift", "matrix"))
-    return Whitening(recipe["mode"], shift, matrix, recipe["length"])
+    return Whitening(recipe["mode"], shift, matrix, recipe["length"], recipe.get("block", 0))
 
 
 def digest(tensors: Mapping[str, Tensor], recipe: str) -> str:

@@ -2,8 +2,8 @@
 
 Replace `from utils import get_network, get_eval_pool, evaluate_synset, get_time, DiffAugment,
 ParamDiffAug` and `from reparam_module import ReparamModule` by imports from here; TESLA, FTD and
-DATM have copies of the same functions. `docs/porting.md` shows how, and what is better still: to
-replace the loop of the student by `ddfast.unroll.unroll`.
+DATM have copies of most of these functions. `docs/porting.md` shows how, and what is better still:
+to replace the loop of the student by `ddfast.unroll.unroll`.
 """
 
 from __future__ import annotations

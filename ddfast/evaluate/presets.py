@@ -18,6 +18,7 @@ PROTOCOLS = (
     *("mtt", "datm", "dd", "linba", "rat_bptt", "rfad", "frepo", "kip"),
     "krr",
 )
+"""Names of presets, see `protocol`."""
 
 LEARNED_LR = ("mtt", "datm")
 """Those that train with the learning rate of the distilled set, if it has one."""

@@ -68,6 +68,9 @@ class Protocol:
             the other settings (`krr`).
         from_start: what a network says is its output less the one that it had before its training,
             and weight decay pulls to where it began (RFAD, with `"squares"`).
+
+    Raises:
+        TypeError, ValueError: a value of the wrong type or out of range; it is named.
     """
 
     name: str
@@ -147,13 +150,13 @@ class Protocol:
         return float(0.2 ** milestones.count(index + 1))
 
     def share(self, step: int, steps: int) -> float:
-        """Of the learning rate, at one of so many steps in all."""
+        """Of the learning rate, at `step`, the first being 0, of so many `steps` in all."""
         if self.schedule == "cosine":
             return (1 + math.cos(math.pi * step / steps)) / 2
         return squares.warmed_cosine(step, steps) if self.schedule == "warmed_cosine" else 1.0
 
     def steps(self, images: int) -> int:
-        """Optimiser steps of a whole training on a set of this size."""
+        """Optimiser steps of a whole training on so many `images`."""
         return self.passes * math.ceil(images / self.batch)
 
 

@@ -84,8 +84,15 @@ def _shape(images: Artefact | Dataset) -> str:
 def random_sets(labels: Tensor, dataset: Dataset, selections: int, seed: int) -> list[TrainingSet]:
     """Random selections of training images, with as many of each class as `labels` has.
 
+    Args:
+        labels: int64 `(N,)`, in any order.
+        dataset: its training images are drawn from, without replacement.
+        selections: how many to draw.
+        seed: number i is drawn from a generator of (seed, "evaluate: selection", i).
+
     Returns:
-        For each selection images, uint8 `(N, channels, H, W)`, and labels, class 0 first.
+        For each selection images, uint8 `(N, channels, H, W)`, and labels, int64 `(N,)`, class 0
+        first.
 
     Raises:
         ValueError: a class with fewer training images; the message names it.

@@ -75,6 +75,9 @@ def save(
 def load(path: str | os.PathLike[str]) -> Generator:
     """Read a generator. Nothing is unpickled, and the contents are checked against a checksum.
 
+    Args:
+        path: of the file.
+
     Returns:
         The generator on the CPU in evaluation mode, without spectral normalisation, its weights
         frozen. Its attribute `recipe` says how it was made: data set, class names, mean, std,
