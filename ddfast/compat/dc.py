@@ -150,7 +150,9 @@ def epoch(
 
     Args:
         mode: "train" to make optimiser steps; anything else to test, without graphs.
-        dataloader: of (images, labels).
+        dataloader: of (images, labels): (n, channels, H, W), made float32, and (n,), made int64.
+        net: is moved to `args.device`, and in training changed in place.
+        optimizer: of its parameters; for "train" only.
         criterion: mean cross-entropy of a batch.
         args: with `device`; where `aug`, with `dsa`, and then `dsa_strategy` and `dsa_param`, else
             `dc_aug_param`.
@@ -185,8 +187,9 @@ def evaluate_synset(
     Args:
         it_eval: a number for the line.
         net: is trained in place.
-        images_train: (N, channels, H, W); labels_train: (N,) int64.
-        testloader: of (images, labels).
+        images_train: (N, channels, H, W), made float32.
+        labels_train: (N,), int64.
+        testloader: of (images, labels): (n, channels, H, W), made float32, and (n,), int64.
         args: with `device`, `lr_net`, `epoch_eval_train`, `batch_train`, and see `epoch`.
 
     Returns:
