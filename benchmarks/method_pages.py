@@ -206,7 +206,7 @@ def figures(name: str) -> str:
     if not rows:
         return "Not measured yet.\n"
     columns = ("random", "distilled", "full", "iterations", "seconds")
-    head = ("data", "ipc", "network or kernel", "random selection", "distilled", "full data")
+    head = ("data", "ipc", "evaluated in", "random selection", "distilled", "full data")
     rows.sort(key=lambda row: (row["dataset"], int(row["ipc"])))
     return table(
         (*head, "iterations", "seconds"),

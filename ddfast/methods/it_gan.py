@@ -67,7 +67,8 @@ class Config(Shared):
     """Settings of IT-GAN, published where they are known."""
 
     generator: str = setting(
-        "file from `ddfast generator`, or MODULE:FUNCTION that returns a module", group="task"
+        "file from `ddfast generator`, or MODULE:FUNCTION that returns a module (required)",
+        group="task",
     )
     momentum: float = setting("of no meaning: Adam has its own betas", 0.5, least=0, below=1)
     lr_img: float = setting("learning rate of the latents", above=0)

@@ -71,7 +71,7 @@ class Config(Shared):
     beside: ClassVar[tuple[str, ...]] = (RATE,)
 
     experts: str = setting(
-        "folder or file from `ddfast experts`",
+        "folder or file from `ddfast experts` (required)",
         aliases=("buffer_path",),
         group="task",
         identity=False,
