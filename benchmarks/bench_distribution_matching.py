@@ -6,7 +6,8 @@
 An outer iteration is all between two updates of the images, with a fresh network given: augment
 real and synthetic images, their features, the distances of the class means, the gradient of the
 images. The baseline "eager" does what the official script does: a Python loop over classes, frozen
-weights, activations in place, one `loss.backward()`. "full": 3x32x32, ConvNet-3 of width 128, 256
+weights, activations in place, one `loss.backward()`; "torch.compile" is the same loop with its
+network compiled. "full": 3x32x32, ConvNet-3 of width 128, 256
 real images per class; "s16": 3x16x16, width 64, 64 real; "s8": 3x8x8, width 64, 64 real.
 
 Real and synthetic images are random. The error of an iteration is the median over images, see
@@ -18,20 +19,16 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parent))
-import bench_augment
-from harness import Case
-from matching_task import STRATEGY, Task, draws_of, judged, operation_of, run_tuned
-
 from ddfast import engine
 from ddfast.augment import DSA
+from ddfast.bench import Case, compiled, run
+from ddfast.benchmarks import bench_augment
+from ddfast.benchmarks.matching_task import STRATEGY, Task, draws_of, judged, operation_of
 from ddfast.engine.segments import pieces
 from ddfast.ops.class_mean import class_mean_distance
 
@@ -58,11 +55,11 @@ def outer_iteration(size: str, ipc: int, augmented: bool, options: argparse.Name
             return x
         return getattr(bench_augment, operation_of(c))(x, bench_augment.Siamese(x, c))
 
-    def eager() -> tuple[Tensor, Tensor]:
+    def official_loop(net: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor]:
         loss = torch.zeros((), device=task.device)
         for c, x in enumerate(images.split(task.batch)):
-            real = embed(augment_class(x, c)).detach()
-            syn = embed(augment_class(task.of_class(c), c))
+            real = net(augment_class(x, c)).detach()
+            syn = net(augment_class(task.of_class(c), c))
             loss = loss + torch.sum((torch.mean(real, dim=0) - torch.mean(syn, dim=0)) ** 2)
         task.syn.grad = None
         loss.backward()
@@ -93,9 +90,12 @@ def outer_iteration(size: str, ipc: int, augmented: bool, options: argparse.Name
         return wide
 
     providers: dict[str, Callable[[], object]] = {
-        "eager": eager,
+        "eager": lambda: official_loop(embed),
         "ddfast": lambda: step(task.net, images, task.syn),
     }
+    if not options.no_compile and not options.quick:
+        fast = compiled(embed)
+        providers["torch.compile"] = lambda: official_loop(fast)
     return Case(
         operator="distribution_matching",
         name=f"{size}, {classes} classes, ipc {ipc}{', DSA' * augmented}",
@@ -125,13 +125,21 @@ def layer_means(size: str, options: argparse.Namespace) -> Case:
                 means.append(x.mean(0))
         return [*means, x.mean(0)]
 
-    def eager() -> list[Tensor]:
-        rows = [of_class(x) for x in images.split(task.batch)]
+    def official_loop(means: Callable[[Tensor], list[Tensor]]) -> list[Tensor]:
+        rows = [means(x) for x in images.split(task.batch)]
         return [torch.stack(parts) for parts in zip(*rows, strict=True)]
 
     def ddfast(net: nn.Module, x: Tensor, path: str = "auto") -> list[Tensor]:
         found = engine.features(net, x, counts, layers=True, path=path)
         return [*found.maps, found.features.view(classes, task.batch, -1).mean(1)]
+
+    providers: dict[str, Callable[[], object]] = {
+        "eager": lambda: official_loop(of_class),
+        "ddfast": lambda: ddfast(task.net, images),
+    }
+    if not options.no_compile and not options.quick:
+        fast = compiled(of_class)
+        providers["torch.compile"] = lambda: official_loop(fast)
 
     def exact() -> list[Tensor]:
         net = task.net.double()
@@ -149,7 +157,7 @@ def layer_means(size: str, options: argparse.Namespace) -> Case:
         name=f"{size}, {classes} classes, {task.batch} images each",
         mode="layer means",
         exact=exact,
-        providers={"eager": eager, "ddfast": lambda: ddfast(task.net, images)},
+        providers=providers,
         bytes=images.numel() * 4,
         rounds=5 if size == "full" else 9,
         device=options.device,
@@ -165,4 +173,4 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 
 
 if __name__ == "__main__":
-    run_tuned(cases, __doc__ or "")
+    run(cases, __doc__ or "")

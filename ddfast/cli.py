@@ -1,5 +1,4 @@
-"""The command `ddfast`: distill, evaluate, show, methods, generator,
-experts.
+"""The command `ddfast`: distill, evaluate, show, methods, generator, experts, bench.
 
 Of ddfast itself nothing is imported before it is known which command it is.
 """
@@ -53,8 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
                 for plugin in plugins:
                     plug_in(plugin)
-            command(words[1:])
-        return 0
+            return command(words[1:]) or 0
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -81,7 +79,7 @@ def _without_plugins(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return rest, plugins
 
 
-def _named(name: str) -> Callable[[list[str]], None]:
+def _named(name: str) -> Callable[[list[str]], int | None]:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
@@ -339,7 +337,8 @@ def _methods(words: list[str]) -> None:
         for row in figures(method.name):
             print(
                 f"{'':{width}}{row['dataset']}, ipc {row['ipc']}: {row['distilled']} % "
-                f"(random selection {row['random']}, full data {row['full']}; "
+                f"(protocol {row['protocol']}; random selection {row['random']}, "
+                f"full data {row['full']}; "
                 f"{row['iterations']} iterations, {row['seconds']} s on one core)"
             )
 
@@ -364,11 +363,22 @@ def _experts(words: list[str]) -> None:
     run(words, first_line(_experts))
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
+# --- bench --------------------------------------------------------------------------------------
+
+
+def _bench(words: list[str]) -> int:
+    """Measure operators and methods against plain PyTorch, verified before they are timed."""
+    from ddfast.bench.command import run
+
+    return run(words, first_line(_bench))
+
+
+COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "distill": _distill,
     "evaluate": _evaluate,
     "show": _show,
     "methods": _methods,
     "generator": _generator,
     "experts": _experts,
+    "bench": _bench,
 }

@@ -45,7 +45,8 @@ def mmd(
     The slow equivalent is `ddfast.reference.mmd.mmd`. On CPU the value and the gradients that are
     needed come from one pass. First derivatives, with respect to either set or both; a second
     raises NotImplementedError. Where D = 0 the kernels of D have slope zero; equal rows are at
-    exactly that distance. Features that are not finite give NaN.
+    exactly that distance. Features that are not finite give NaN, and so do those whose squared
+    distances overflow the dtype of the result.
 
     Args:
         x, y: (..., n, d) and (..., m, d), the same leading dimensions; float32, float64, bfloat16
@@ -57,7 +58,8 @@ def mmd(
             pairs, i < j, exact and the lower of two (its root for `laplace`). Or one number, or a
             sequence of them, or a tensor in the shape of the leading dimensions, which may have one
             more for several bandwidths each. Never differentiated. A heuristic that comes to zero,
-            as where all rows are equal, gives value 0 and gradient 0.
+            as where all rows are equal, or so near that its inverse would overflow (2e-31 in
+            float32, 4e-301 in float64), gives value 0 and gradient 0.
         unbiased: leaves out the pairs of a row with itself.
         degree: of `polynomial`.
 
@@ -67,8 +69,8 @@ def mmd(
     Raises:
         TypeError: not tensors, or not floating point; bandwidth of another type.
         ValueError: shapes that do not fit, no rows, unknown kernel; unbiased with a single row;
-            bandwidth not positive (of a tensor this is not checked under torch.compile) or given to
-            a kernel that has none; degree below 1.
+            bandwidth not positive, or too small for its inverse (of a tensor this is not checked
+            under torch.compile), or given to a kernel that has none; degree below 1.
     """
     sets = _checked_sets(x, y, kernel, bandwidth, unbiased, degree)
     with_gradient = torch.is_grad_enabled() and x.device.type == "cpu"
@@ -129,8 +131,9 @@ def _checked_sets(
         raise ValueError(f"degree: got {degree}, expected an integer >= 1")
     classes = x.shape[:-2].numel()
     a, b = (t.reshape(classes, *t.shape[-2:]) for t in (x, y))
+    wide = accumulator(torch.promote_types(x.dtype, y.dtype))
     if kernel in ("gaussian", "laplace"):
-        bandwidths = _bandwidths(a, b, x.shape[:-2], kernel, bandwidth)
+        bandwidths = _bandwidths(a, b, x.shape[:-2], kernel, bandwidth, wide)
     elif bandwidth is not None:
         raise ValueError(f"bandwidth: given, expected None because kernel is {kernel!r}")
     elif kernel == "m3d_laplace":
@@ -138,21 +141,37 @@ def _checked_sets(
         bandwidths = torch.tensor([1 / g for g in _M3D_RATES], dtype=torch.float64, device=x.device)
     else:
         bandwidths = torch.empty(0, dtype=torch.float64, device=x.device)
-    wide = accumulator(torch.promote_types(x.dtype, y.dtype))
     bandwidths = bandwidths.to(x.device, wide).expand(classes, -1)
     return a, b, bandwidths, kernel, int(degree), bool(unbiased)
 
 
+def _least(dtype: torch.dtype) -> float:
+    """The smallest bandwidth whose inverse, a few times over, is far from overflow."""
+    return torch.finfo(dtype).tiny * 2**24
+
+
 def _bandwidths(
-    x: Tensor, y: Tensor, leading: torch.Size, kernel: str, bandwidth: Bandwidth
+    x: Tensor,
+    y: Tensor,
+    leading: torch.Size,
+    kernel: str,
+    bandwidth: Bandwidth,
+    dtype: torch.dtype,
 ) -> Tensor:
-    """(classes, bandwidths), or (bandwidths,) where all classes have the same."""
+    """(classes, bandwidths), or (bandwidths,) where all classes have the same.
+
+    Args:
+        dtype: what is computed in.
+    """
+    least = _least(dtype)
+    expected = f"expected positive finite numbers, for {dtype} at least {least:.1g}"
     if bandwidth is None or isinstance(bandwidth, str):
         if bandwidth not in (None, "median"):
             raise ValueError(f"bandwidth: got {bandwidth!r}, expected None, 'median' or numbers")
         how = "mean" if bandwidth is None else "median"
         with torch.no_grad():
             found = ops.mmd_bandwidth(x.detach(), y.detach(), how)[:, None]
+            found = torch.where(found < least, 0.0, found)  # a NaN stays
             if kernel == "laplace":
                 return found.sqrt()
             return found if how == "median" else torch.cat([found * f for f in _M3D_FACTORS], 1)
@@ -169,8 +188,8 @@ def _bandwidths(
         values = values.reshape(x.shape[0], values.shape[-1]).to(torch.float64)
         if torch.compiler.is_compiling():
             return values
-        if not values.shape[-1] or not bool(((values > 0) & values.isfinite()).all()):
-            raise ValueError(f"bandwidth: got {bandwidth!r}, expected positive finite numbers")
+        if not values.shape[-1] or not bool(((values >= least) & values.isfinite()).all()):
+            raise ValueError(f"bandwidth: got {bandwidth!r}, {expected}")
         return values
     try:
         numbers = [
@@ -180,6 +199,6 @@ def _bandwidths(
         raise TypeError(
             f"bandwidth: got {bandwidth!r}, expected None, 'median', numbers or a tensor"
         ) from None
-    if not numbers or not all(0 < h < float("inf") for h in numbers):
-        raise ValueError(f"bandwidth: got {bandwidth!r}, expected positive finite numbers")
+    if not numbers or not all(least <= h < float("inf") for h in numbers):
+        raise ValueError(f"bandwidth: got {bandwidth!r}, {expected}")
     return torch.tensor(numbers, dtype=torch.float64)

@@ -43,9 +43,10 @@ from ddfast.methods import (
     rfad,
     tesla,
 )
+from ddfast.methods.beginning import start
 from ddfast.methods.config import Config, as_json, resolve, setting
 from ddfast.methods.registration import Method, described, nothing, plug_in
-from ddfast.methods.run import Diverged, Interrupted, Run, start
+from ddfast.methods.run import Diverged, Interrupted, Run
 
 _registered: dict[str, Method] = {}
 """Methods from outside, see `register`."""
@@ -157,6 +158,9 @@ def find(name: str) -> Method:
 
 def figures(name: str) -> list[dict[str, str]]:
     """Test accuracies measured with a method; `benchmarks/accuracy.py` of the source makes them.
+
+    Args:
+        name: of the method.
 
     Returns:
         One row for each data set and ipc: dataset, ipc, model, iterations, protocol; random,

@@ -82,7 +82,7 @@ class Task(Settings):
 
     dataset: str = setting("name of the data set, such as digits or CIFAR10", group="task")
     data_path: str = setting("folder that holds its files", group="task", identity=False)
-    data_options: dict[str, Any] = setting(  # noqa: RUF009 a field, with a factory
+    data_options: dict[str, Any] = setting(
         'options of its reader, such as {"classes": 5}', {}, group="task"
     )
     seed: int = setting("every random number of the run follows from it", 0, group="task")
@@ -108,31 +108,27 @@ class Config(Task):
 
     ipc: int = setting("synthetic images per class", MISSING, group="task", least=1)
     model: str = setting(
-        "network to match on (published: ConvNet, one block more for each doubling beyond 32 px)"
+        "network (published: ConvNet, one block more for each doubling beyond 32 px)"
     )
-    iterations: int = setting(
-        "steps of the run, each with a fresh network (published: the official Iteration + 1)",
-        aliases=("Iteration",),
-        least=1,
-    )
+    iterations: int = setting("outer iterations of the run", aliases=("Iteration",), least=1)
     batch_real: int = setting("real images per class and step", 256, least=1)
     init: Literal["real", "noise", "mix"] = setting(
-        "what images start from: real, noise, or (multi_formation) mix, real ones in cells",
+        "what images start from: real, noise, or with multi_formation mix (real ones in cells)",
         aliases=("pix_init",),
     )
     parametrisation: Literal["pixels", "multi_formation", "hallucinators", "bases"] = setting(
         "how images are stored (IDC: multi_formation, HaBa: hallucinators, LinBa: bases)",
         aliases=("parametrization",),
     )
-    factor: int = setting("with multi_formation: an image decodes to factor^2 (2)", least=1)
+    factor: int = setting("with multi_formation: a stored image decodes to factor^2 (2)", least=1)
     shared: int = setting("how many hallucinators (5) or bases (16) the images share", least=1)
-    base_scale: int = setting("bases are so many times smaller than images (2)", least=1)
+    base_scale: int = setting("with bases: they are so many times smaller than images (2)", least=1)
     lr_decoder: float = setting("learning rate of hallucinators or bases (lr_img)", above=0)
     lr_img: float = setting("learning rate of the synthetic images", above=0)
     momentum: float = setting("momentum of the synthetic images", 0.5, least=0, below=1)
 
     def published(self, dataset: Dataset) -> Mapping[str, Any]:
-        """The value of every field that may be left out, for this data set and `self.ipc`."""
+        """The value of every field that may be left out, for `dataset` and `self.ipc`."""
         return {
             "model": DIGITS_MODEL if dataset.name == "digits" else convnet_of(dataset.size),
             "parametrisation": "pixels",
@@ -143,8 +139,13 @@ class Config(Task):
     ) -> tuple[dict[str, Tensor], Tensor]:
         """What the run starts from: the tensors that it learns, by name, and the labels.
 
-        The one called `self.rows` has as many rows for each class, class 0 first, and each row
-        its label.
+        Args:
+            dataset: what is distilled.
+            generator: a CPU generator.
+
+        Returns:
+            Floating tensors of any shape, of which the one called `self.rows` has as many rows for
+            each class, class 0 first; and the labels of these rows, int64 (rows,).
         """
         return starting_set(
             dataset,
@@ -174,7 +175,7 @@ class Config(Task):
         """What an artefact keeps of a run: images, decoder_tensors, soft_labels and lr.
 
         Args:
-            tensors, state: of a `Run`.
+            tensors, state: as in `Run`.
         """
         learned = {name: tensor.detach().float() for name, tensor in tensors.items()}
         return {"images": learned.pop("images"), "decoder_tensors": learned}
@@ -189,11 +190,19 @@ class Config(Task):
         return "coefficients" if self.parametrisation == "bases" else "images"
 
     def optimiser(self, tensors: Mapping[str, Tensor]) -> torch.optim.Optimizer:
-        """Of the tensors that the run learns: SGD with lr_img, and lr_decoder for shared ones."""
+        """SGD with lr_img, and with lr_decoder for what the images share.
+
+        Args:
+            tensors: as in `Run`.
+        """
         return torch.optim.SGD(self.parameter_groups(tensors), self.lr_img, self.momentum)
 
     def parameter_groups(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-        """What images are made of, with its learning rates, for a torch optimiser."""
+        """What images are made of, with its learning rates, for a torch optimiser.
+
+        Args:
+            tensors: as in `Run`.
+        """
         rows = self.rows
         groups: list[dict[str, Any]] = [{"params": [tensors[rows]], "lr": self.lr_img}]
         apart = rows, *self.beside
@@ -228,6 +237,10 @@ def filled(config: S, dataset: Dataset) -> S:
 def resolve(config: C, dataset: Dataset) -> C:
     """The config with every field that was left out set to its published value.
 
+    Args:
+        config: of a method.
+        dataset: what it is to distil; published values depend on it.
+
     Raises:
         ValueError: the config names another data set; a field without which no run can begin was
             left out, and the method has no published value for it.
@@ -256,7 +269,10 @@ def dsa_strategy(dataset: Dataset) -> str:
 
 
 def as_json(config: Settings) -> dict[str, Any]:
-    """The fields as plain values that survive a round trip through JSON."""
+    """The fields of a config as plain values that survive a round trip through JSON.
+
+    Those that say only where things are, such as `data_path`, are left out.
+    """
     return {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)

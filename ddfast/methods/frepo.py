@@ -67,12 +67,14 @@ def flips(dataset: Dataset, ipc: int) -> bool:
 class Config(network_pool.Config):
     """Settings of FRePo, by default the official script's."""
 
+    model: str = setting("network (published: FRePoNet, one block more for each doubling)")
     batch_real: int = setting("real images, of all classes", 1024, aliases=("batch_size",), least=1)
     momentum: float = setting("of the synthetic images: LAMB's first beta", 0.9, least=0, below=1)
     reg: float = setting("ridge, in units of the kernel's mean diagonal element", 1e-6, least=0)
     learn_labels: bool = setting("learn the labels, too", True, aliases=("learn_label",))
     lr_y: float = setting("learning rate of the labels (lr_img)", above=0)
     use_flip: bool = setting("count every image mirrored as well")
+    zca: regression.Whitening = setting(regression.ZCA_HELP)
     precision: Literal["float32", "bfloat16"] = setting("of the features", "float32")
     solve_dtype: Literal["float32", "float64"] = setting("of the regression", "float32")
 
@@ -88,6 +90,7 @@ class Config(network_pool.Config):
         """
         digits = dataset.name == "digits"
         rate = 1e-2 if digits else 3e-4
+        pixels = self.parametrisation in (None, "pixels")
         blocks = convnet_of(dataset.size).removeprefix("ConvNet")
         return {
             **super().published(dataset),
@@ -97,6 +100,7 @@ class Config(network_pool.Config):
             "lr_img": rate,
             "lr_y": self.lr_img or rate,
             "use_flip": flips(dataset, self.ipc),
+            "zca": regression.published_whitening(dataset, "frepo") if pixels else "none",
         }
 
     def starting_set(

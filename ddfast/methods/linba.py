@@ -65,7 +65,8 @@ class Config(bilevel.Config):
     clip: float = setting("largest norm of the gradient (2)", above=0)
     dsa_strategy: str = setting("augmentations, such as flip_rotate, or none", "none")
     history: Literal["device", "host", "checkpoints"] = setting(
-        "where the student's parameters of each step wait", "host"
+        "where each step's parameters wait: device, host, or checkpoints (only some are kept)",
+        "host",
     )
 
     def __post_init__(self) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ddfast.ops.memory import empty_like
 from ddfast.ops.registry import TYPES, declare, derivative, end_of_chain
+from ddfast.ops.streamed_bandwidth import mean_distance, median_distance
 from ddfast.reference import mmd as reference
 from ddfast.reference.gradient_distance import accumulator
 from ddfast.reference.mmd import KERNELS
@@ -79,6 +80,11 @@ def _bandwidth_cpu(compiled: Any, x: Tensor, y: Tensor, how: str) -> Tensor:
     return _call_compiled(compiled, 1 if how == "mean" else 2, x, y)
 
 
+def _bandwidth_cuda(kernels: Any, x: Tensor, y: Tensor, how: str) -> Tensor:
+    sets = _wide(x, y)
+    return mean_distance(*sets) if how == "mean" else median_distance(*sets)
+
+
 def _bandwidth_fake(x: Tensor, y: Tensor, how: str) -> Tensor:
     return x.new_empty(x.shape[0], dtype=_dtype(x, y))
 
@@ -88,8 +94,9 @@ mmd_bandwidth = declare(
     "mmd_bandwidth(Tensor x, Tensor y, str how) -> Tensor",
     reference=_bandwidth_reference,
     cpu=_bandwidth_cpu,
-    cuda=None,
+    cuda=_bandwidth_cuda,
     fake=_bandwidth_fake,
+    kernels="mmd",
 )
 end_of_chain("mmd_bandwidth", "a bandwidth has no derivative here")
 

@@ -82,6 +82,21 @@ def test_equals_the_literal_loop(make_dataset, make_run, strategy, init) -> None
     assert (run.images - start).abs().amax(dim=(1, 2, 3)).min() > 1e-4  # every image moved
 
 
+@pytest.mark.parametrize(("counts", "ipc"), [([7, 4], 1), ([5], 2), ([1, 6], 1), ([4] * 12, 1)])
+def test_one_image_one_class_and_many(make_dataset, make_run, counts, ipc) -> None:
+    dataset = make_dataset(counts)
+    run = make_run("dm", dataset, **SETTINGS | {"ipc": ipc})
+    expected, losses = literal(dataset, run, 3)
+    found = go(run, 3)
+    torch.testing.assert_close(run.images.detach(), expected, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(torch.stack(found), torch.stack(losses), rtol=1e-10, atol=1e-12)
+
+
+def test_a_class_without_images_is_named(make_dataset, make_run) -> None:
+    with pytest.raises(ValueError, match="no image of class 1"):
+        make_run("dm", make_dataset([7, 0, 9]), **SETTINGS)
+
+
 def test_with_batch_normalisation_all_classes_share_one_batch(make_dataset, make_run) -> None:
     dataset = make_dataset([7, 6, 9])
     settings = SETTINGS | {"model": "ConvNetD2W4BN", "dsa_strategy": "color_flip"}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 
@@ -9,7 +12,7 @@ from ddfast import data, methods
 from ddfast.artefact import Artefact
 from ddfast.distill import distill, unfinished
 from ddfast.evaluate import evaluate
-from ddfast.methods import Interrupted, dc, dcc, dm
+from ddfast.methods import Interrupted, characteristic, dc, dcc, dm, idm, m3d
 from ddfast.methods.feature_matching import sweep
 from ddfast.synthetic import decode, repeats
 
@@ -24,12 +27,23 @@ SETTINGS = {"model": "ConvNetD2W4", "batch_real": 5, "init": "real"}
 def match_of(name, run):
     """One sweep of a method over all classes."""
     net = run.fresh_net()
-    if name == "dm":
-        return sweep(run, net.requires_grad_(False), dm.real_batch(run), dm.mean_features)
+    statistics = {
+        "dm": dm.mean_features,
+        "idm": partial(idm.means_and_cross_entropy, weight=2.0),
+        "m3d": partial(m3d.discrepancy, kernel="gaussian"),
+        "ncfm": partial(
+            characteristic.distances,
+            sampling=characteristic.Sampling(run, "none", 50, 0.0, 0.0),
+            alpha=0.2,
+            beta=0.9,
+        ),
+    }
+    if name in statistics:
+        return sweep(run, net.requires_grad_(False), dm.real_batch(run), statistics[name])
     return (dcc.match_together if name == "dcc" else dc.match)(run, net, 0)
 
 
-@pytest.mark.parametrize("method", ["dm", "dc", "dsa", "dcc"])
+@pytest.mark.parametrize("method", ["dm", "idm", "m3d", "ncfm", "dc", "dsa", "dcc"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_are_those_of_the_images_brought_back(make_dataset, make_run, method, kind):
     """The same images stored as pixels have a gradient; the chain rule through `decode` is ours."""
@@ -38,7 +52,7 @@ def test_gradients_are_those_of_the_images_brought_back(make_dataset, make_run, 
     images, _ = run.training_set()
     each = len(images) // 3
     assert each == run.decoded_per_class == run.rows_per_class * repeats(run.decoder, run.tensors)
-    plain = make_run(method, dataset, ipc=min(each, 9), **SETTINGS)
+    plain = make_run(method, dataset, ipc=min(each, 9), parametrisation="pixels", **SETTINGS)
     assert plain.decoder is None
     plain.tensors["images"] = images.clone().requires_grad_()
     plain.labels = torch.arange(3).repeat_interleave(each)
@@ -53,6 +67,44 @@ def test_gradients_are_those_of_the_images_brought_back(make_dataset, make_run, 
     for name, gradient in zip(leaves, expected, strict=True):
         torch.testing.assert_close(found[name], gradient, rtol=1e-9, atol=1e-12)
         assert gradient.abs().max() > 0
+
+
+IDC, LATENTS = "IDC is multi_formation", "IT-GAN has latents"
+REFUSED = {
+    **dict.fromkeys([("idc", kind) for kind in ("pixels", "hallucinators", "bases")], IDC),
+    **dict.fromkeys([("idc_i", kind) for kind in ("pixels", "hallucinators", "bases")], IDC),
+    ("idc_i", "multi_formation"): "idc_i is idc with factor 1",
+    **dict.fromkeys([("it_gan", kind) for kind in KINDS], LATENTS),
+    **dict.fromkeys([("ls", kind) for kind in KINDS], "expected 'pixels', real images"),
+}
+FEW: dict[str, Any] = {
+    "num_premodel": 1, "pretrain_epochs": 1, "num_freqs": 20, "distill_steps": 1,
+    "inner_loop": 1, "outer_loop": 1, "outer_most": 1, "inner_most": 1,
+}  # fmt: skip
+WITH_EXPERTS = {"mtt", "tesla", "ftd", "datm"}
+"""Tested in test_trajectory_matching.py."""
+
+
+@pytest.mark.parametrize("kind", ["pixels", *KINDS])
+@pytest.mark.parametrize("method", sorted(methods.methods().keys() - WITH_EXPERTS))
+def test_every_method_takes_them_or_says_why_not(make_dataset, make_run, method, kind):
+    """One step moves everything that images are made of."""
+    known, dataset = methods.find(method), make_dataset([12, 9, 15])
+    settings = {name: n for name, n in FEW.items() if name in known.config.__dataclass_fields__}
+    settings |= {"ipc": 2, "parametrisation": kind, **KINDS.get(kind, {}), **SETTINGS}
+    if (method, kind) in REFUSED:
+        with pytest.raises(ValueError, match=REFUSED[method, kind]):
+            make_run(method, dataset, **settings)
+        return
+    if (method, kind) == ("it_gan", "pixels"):
+        return  # its latents, tested in test_it_gan.py
+    run = make_run(method, dataset, **settings)
+    for _ in known.prepare(run):
+        pass
+    before = {name: tensor.detach().clone() for name, tensor in run.tensors.items()}
+    assert torch.isfinite(known.step(run)).all()
+    still = {name for name, was in before.items() if torch.equal(run.tensors[name], was)}
+    assert still == ({"images"} if method == "ls" else set())  # LS learns labels alone
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -152,3 +155,35 @@ def test_statistics():
         scale = float((a.var() * b.var()).sqrt())
         assert abs(float((a * b).mean())) < 4 * scale / a.numel() ** 0.5, name
     assert len(reference.words(3, 64, 5, 0, 2, "cpu").unique()) == 3 * 64 * 2
+
+
+PEAK = """
+import torch
+from ddfast import losses
+from ddfast.losses import Frequencies
+from ddfast.memory import peak_resident
+
+torch.set_num_threads(1)
+random = torch.Generator().manual_seed(0)
+x, y = (torch.randn(rows, 2048, generator=random) / 45 for rows in (4, 30))
+x.requires_grad_()
+
+def once(count):
+    value = losses.characteristic_function_distance(x, y, Frequencies(count, seed=1))
+    value.backward()
+    by_hand = losses.characteristic_function_distance_and_gradient(x, y, Frequencies(count, seed=1))
+    torch.testing.assert_close(by_hand[0], value.detach())
+    assert x.grad.isfinite().all() and x.grad.any()
+
+once(100)
+before = peak_resident()
+once(1 << 16)
+print((peak_resident() - before) / 2**20)
+"""
+
+
+def test_frequencies_are_never_stored():
+    """65536 of them for 2048 features would be 512 MiB."""
+    done = subprocess.run([sys.executable, "-c", PEAK], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 64, done.stdout

@@ -162,6 +162,41 @@ def test_all_rows_equal(backend, kernel, bandwidth):
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("kernel", ["gaussian", "laplace"])
+@pytest.mark.parametrize("bandwidth", [None, "median"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_rows_that_are_all_but_equal(backend, kernel, bandwidth, dtype):
+    """A heuristic bandwidth next to zero, whose inverse is infinite: as one of zero, not NaN."""
+    x, y = sets(dtype)
+    smallest = torch.finfo(dtype).tiny ** 0.5
+
+    def scaled(factor: float) -> list[Tensor]:
+        rows = (t * (smallest * factor) for t in (x, y))
+        return value_and_gradients(*rows, kernel, bandwidth)
+
+    with ddfast.use_backend(backend):
+        for scale in (1e-3, 0.03, 1.0, 300.0):
+            assert not any(t.any() for t in scaled(scale)), scale  # nor is any of them NaN
+        # Far enough from zero, values do not depend on the scale.
+        found = scaled(1e5)
+        usual = value_and_gradients(x, y, kernel, bandwidth)
+    torch.testing.assert_close(found[0], usual[0], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found[1] * (smallest * 1e5), usual[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("kernel", ["gaussian", "laplace"])
+def test_a_median_of_zero_among_rows_that_differ(backend, kernel):
+    """Most pairs are equal: no discrepancy and no gradient, as documented."""
+    x, other = draw(1, 1, 5).expand(1, 6, 5), draw(1, 1, 5, seed=1)
+    with ddfast.use_backend(backend):
+        found = value_and_gradients(x, torch.cat([x[:, :5], other], 1), kernel, "median")
+        assert not any(t.any() for t in found)
+        mean = value_and_gradients(x, torch.cat([x[:, :5], other], 1), kernel)
+    assert mean[0] > 0 and all(t.isfinite().all() for t in mean)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_single_rows(backend, kernel):
     x, y = sets(classes=2, n=1, m=1)
@@ -220,30 +255,42 @@ from ddfast.memory import peak_resident
 torch.set_num_threads(1)
 generator = torch.Generator().manual_seed(0)
 x, y = (torch.randn(10_000, {d}, generator=generator) for _ in range(2))
-x.requires_grad_()
-losses.mmd(x[:300], y[:300]).backward()
-x.grad = None
-gradient = torch.ones_like(x)  # what the result itself takes
+sets = (x, y) if {both} else (x,)
+for each in sets:
+    each.requires_grad_()
+losses.mmd(x[:300], y[:300], {kernel!r}, {bandwidth!r}, {unbiased}).backward()
+for each in sets:
+    each.grad = None
 
 def peak():
     return peak_resident() / 2**20
 
 before = peak()
-del gradient
-value = losses.mmd(x, y, {kernel!r}, {bandwidth!r})
+value = losses.mmd(x, y, {kernel!r}, {bandwidth!r}, {unbiased})
 value.backward()
-assert torch.isfinite(value) and x.grad.abs().max() > 0
 print(peak() - before)
+assert torch.isfinite(value)
+assert all(each.grad.isfinite().all() and each.grad.any() for each in sets)
 """
 
 
 @pytest.mark.parametrize(
-    ("d", "kernel", "bandwidth"),
-    [(8, "gaussian", None), (8, "energy", None), (8, "gaussian", "median")],
+    ("d", "kernel", "bandwidth", "unbiased", "both"),
+    [
+        (128, "gaussian", None, False, True),
+        (128, "gaussian", [1.0, 3.0, 100.0], True, False),
+        (128, "polynomial", None, True, False),
+        (128, "energy", None, False, False),
+        (8, "gaussian", "median", False, False),
+        (8, "laplace", None, False, True),
+        (8, "m3d_laplace", None, True, False),
+        (1024, "linear", None, True, False),
+    ],
 )
-def test_no_matrix_of_pairs_is_stored(d, kernel, bandwidth):
-    """10 000 rows against 10 000: 1.6 GB of distances, of which 64 MiB may be there at once."""
-    code = PEAK.format(d=d, kernel=kernel, bandwidth=bandwidth)
+def test_no_matrix_of_pairs_is_stored(d, kernel, bandwidth, unbiased, both):
+    """10 000 rows against 10 000: 1.6 GB of distances, of which 64 MiB may be there at once, the
+    gradients that are returned included."""
+    code = PEAK.format(d=d, kernel=kernel, bandwidth=bandwidth, unbiased=unbiased, both=both)
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ
     )
@@ -277,6 +324,9 @@ three = torch.ones(2, 3, 4)
         ((three, three, "laplace", float("inf")), ValueError, "bandwidth: got inf"),
         ((three, three, "gaussian", []), ValueError, r"bandwidth: got \[\], expected positive"),
         ((three, three, "gaussian", torch.zeros(2)), ValueError, "expected positive finite"),
+        ((three, three, "gaussian", 1e-40), ValueError, "for torch.float32 at least 2e-31"),
+        ((three, three, "laplace", torch.tensor(1e-40)), ValueError, "at least 2e-31"),
+        ((three, three.double(), "laplace", 1e-310), ValueError, "for torch.float64 at least 4e-3"),
         ((three, three, "gaussian", torch.ones(3)), ValueError, r"bandwidth: got shape \(3,\)"),
         ((three, three, "gaussian", {}), ValueError, "bandwidth: got {}, expected positive"),
         ((three, three, "gaussian", object()), TypeError, "bandwidth: got <object"),
