@@ -31,7 +31,7 @@ class TensorDataset(Dataset[tuple[Tensor, Tensor]]):
 
     Args:
         images: (N, channels, H, W), of any dtype.
-        labels: (N,), int64.
+        labels: (N,), of any dtype.
     """
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
@@ -72,16 +72,13 @@ def get_time() -> str:
 
 
 def get_daparam(dataset: str, model: str, model_eval: str, ipc: int) -> dict[str, Any]:
-    """The parameters of `augment`.
-
-    Crops, scales and rotations for MNIST, crops and noise for a network with batch normalisation,
-    else the strategy "none".
+    """The parameters of `augment` for an evaluation.
 
     Args:
-        dataset: its official name.
-        model: has no effect.
-        model_eval: the network to be trained, of which ConvNetBN is known.
-        ipc: has no effect.
+        dataset: "MNIST" gets crops, scales and rotations, any other the strategy "none".
+        model: of no effect.
+        model_eval: "ConvNetBN" gets crops and noise, whatever the data set.
+        ipc: of no effect.
     """
     strategy = "crop_scale_rotate" if dataset == "MNIST" else "none"
     if model_eval == "ConvNetBN":
@@ -101,7 +98,7 @@ def augment(images: Tensor, dc_aug_param: dict[str, Any] | None, device: Any) ->
         device: of the result.
 
     Returns:
-        (N, channels, H, W), in the dtype of the images.
+        (N, channels, H, W); the images themselves where there is nothing to do.
 
     Raises:
         ValueError: an unknown operation; parameters other than the published ones.

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -16,6 +17,8 @@ SOURCES = [
     "benchmarks",
     "csrc",
     "ddfast",
+    "docs",
+    "examples",
     "kernels",
     "LICENSE",
     "MANIFEST.in",
@@ -128,6 +131,15 @@ def test_file_list(wheel, source):
     assert sorted(f.split(".")[0] for f in compiled) == modules
     assert plain - compiled == expected_files(source)
     assert any(f.endswith(".dist-info/licenses/LICENSE") for f in files)
+
+
+def test_source_distribution_holds_what_readme_links_to(wheel, source):
+    (archive,) = wheel.parent.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        files = {name.split("/", 1)[1] for name in opened.getnames() if "/" in name}
+    for folder in ("docs", "examples"):
+        expected = {p.relative_to(source).as_posix() for p in (source / folder).rglob("*.*")}
+        assert expected and expected <= files
 
 
 def test_installed_wheel_works_from_an_empty_folder(wheel, tmp_path):
