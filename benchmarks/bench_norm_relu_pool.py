@@ -5,7 +5,7 @@
 The baseline is torch's group_norm, relu and avg_pool2d one after the other. The derivatives along a
 tangent are what a second derivative needs; torch's are measured by differentiating twice. At a
 named size, where second derivatives are autograd's for both, `norm_relu_pool_means` (CAFE's, with
-each class's mean of the activation) and `first_block` take part.
+each class's mean of the activation) takes part.
 """
 
 from __future__ import annotations
