@@ -37,6 +37,8 @@ def ratio(r: dict[str, str], table: list[dict[str, str]]) -> str:
     """How many times as fast as the baseline, with its spread."""
     middle, low, high = (number(r[f"ratio_{x}"]) for x in ("to_eager", "low", "high"))
     mark = QUARTILES if spread(table).endswith(QUARTILES) and not r["interval"] else ""
+    if r["interval"] not in ("", "95%"):  # of few rounds
+        mark = f", {r['interval'].rstrip('%')} %"
     return f"{middle} ({low} to {high}{mark})"
 
 
