@@ -141,6 +141,7 @@ def _evaluate(words: list[str]) -> None:
     from ddfast.artefact import Artefact
     from ddfast.distill import ARTEFACT
     from ddfast.evaluate import evaluate
+    from ddfast.evaluate.presets import network_of
     from ddfast.methods import methods
 
     place = Path(options.run)
@@ -164,7 +165,10 @@ def _evaluate(words: list[str]) -> None:
             "protocol is dm",
             stacklevel=1,
         )
-    own = artefact.config.get("kernel" if protocol == "krr" else "model", "ConvNet")
+    if protocol == "krr":
+        own = artefact.config.get("kernel", "ConvNet")
+    else:
+        own = network_of(protocol, artefact.config.get("model", "ConvNet"), dataset)
     out = options.out or (str(place) if place.is_dir() else None)
     report = evaluate(
         artefact,

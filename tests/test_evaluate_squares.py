@@ -99,6 +99,14 @@ def test_what_has_no_meaning_is_refused() -> None:
         Protocol("dc", 1, loss="mse")
 
 
+def test_the_network_of_an_evaluation_that_names_none() -> None:
+    cifar, digits = named("CIFAR10", size=32), named("digits")
+    assert presets.network_of("frepo", "FRePoNetD2W32", cifar) == "FRePoNetD2W32NN"
+    assert presets.network_of("kip", "ConvNet", cifar) == "ConvNetW1024NNPC"
+    assert presets.network_of("kip", "ConvNetD2W32", digits) == "ConvNetD2W32"
+    assert presets.network_of("dm", "ConvNet", cifar) == "ConvNet"
+
+
 def test_warmed_cosine() -> None:
     assert squares.warmed_cosine(0, 1000) == 0 and squares.warmed_cosine(250, 1000) == 0.5
     assert squares.warmed_cosine(500, 1000) == 1

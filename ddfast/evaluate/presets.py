@@ -9,9 +9,11 @@ from ddfast.data import Dataset
 from ddfast.evaluate import squares
 from ddfast.evaluate.protocols import Protocol
 from ddfast.methods import idc, rat_bptt
+from ddfast.methods.config import convnet_of
 from ddfast.methods.config import dsa_strategy as published_dsa_strategy
+from ddfast.nets.naming import without_norm
 
-__all__ = ["LEARNED_LR", "PROTOCOLS", "protocol"]
+__all__ = ["LEARNED_LR", "PROTOCOLS", "network_of", "protocol"]
 
 PROTOCOLS = (
     *("dc", "dsa", "dm", "idc", "cafe", "m3d", "it_gan", "ncfm"),
@@ -159,6 +161,18 @@ def protocol(
         batch=preset.batch if batch is None else batch,
         lr=preset.lr if lr is None else lr,
     )
+
+
+def network_of(protocol: str, model: str, dataset: Dataset) -> str:
+    """The network of an evaluation that names none: the one that the images were made with.
+
+    FRePo's images are made in networks with batch normalisation and evaluated without any. KIP's
+    are made with a kernel, and evaluated in the network whose it is, of width 1024; but of digits
+    in the small ConvNet that serves all methods there.
+    """
+    if protocol == "kip" and dataset.name != "digits":
+        return f"{convnet_of(dataset.size)}W1024NNPC"
+    return without_norm(model) if protocol == "frepo" else model
 
 
 def _augmentation(kind: str, strategy: str) -> tuple[str, str]:

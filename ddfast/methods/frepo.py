@@ -37,7 +37,7 @@ from ddfast.kernel_matrix import empirical_nngp
 from ddfast.losses import krr_loss
 from ddfast.memory import FIRST_ORDER
 from ddfast.methods import bilevel, network_pool, regression
-from ddfast.methods.config import convnet_of, dsa_strategy, setting
+from ddfast.methods.config import convnet_of, setting
 from ddfast.methods.optimisers import LAMB
 from ddfast.methods.published_trajectories import family
 from ddfast.methods.regression import LABELS
@@ -58,9 +58,9 @@ NEVER_FLIPPED = {"CIFAR100": 10, "TinyImageNet": 10, "ImageNet1K": 1}
 
 
 def flips(dataset: Dataset, ipc: int) -> bool:
-    """Whether the published code uses mirrored images; never for digits and letters."""
+    """Whether the published code uses mirrored images: of colour images, if they are few."""
     few = NEVER_FLIPPED.get(family(dataset))
-    return "flip" in dsa_strategy(dataset).split("_") and (few is None or ipc < few)
+    return dataset.channels == 3 and (few is None or ipc < few)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -65,6 +65,21 @@ def widening_options(name: str) -> dict[str, Any]:
     return {"depth": options.depth, "width": options.width, "norm": options.norm}
 
 
+def without_norm(name: str) -> str:
+    """The same ConvNet or FRePoNet without normalisation; another network's name as it is.
+
+    >>> without_norm("FRePoNetD2W32"), without_norm("ConvNetBNW64"), without_norm("MLP")
+    ('FRePoNetD2W32NN', 'ConvNetW64NN', 'MLP')
+    """
+    for prefix in ("ConvNet", "FRePoNet"):
+        if name.startswith(prefix):
+            convnet_options(name, prefix)  # raises unless it can be read
+            words = [match.group() for match in _SUFFIX.finditer(name, len(prefix))]
+            kept = [word for word in words if _WORDS.get(word, ("",))[0] != "norm"]
+            return "".join([prefix, *kept, "NN"])
+    return name
+
+
 def convnet_options(
     name: str, prefix: str = "ConvNet", norm: str = "instancenorm"
 ) -> ConvNetOptions:

@@ -186,6 +186,8 @@ def test_labels_that_are_not_learned_are_no_parameter(dataset, make_run, tmp_pat
     [
         ("CIFAR10", 50, True),
         ("MNIST", 1, False),
+        ("FashionMNIST", 1, False),
+        ("SVHN", 1, True),
         ("digits", 1, False),
         ("CIFAR100", 1, True),
         ("CIFAR100", 10, False),
@@ -196,7 +198,10 @@ def test_labels_that_are_not_learned_are_no_parameter(dataset, make_run, tmp_pat
 )
 def test_published_settings(make_dataset, name, ipc, flips) -> None:
     size = 64 if name in ("TinyImageNet", "ImageNet1K") else 32
-    data = dataclasses.replace(make_dataset([60, 60], size=(size, size)), name=name)
+    channels = 1 if name in ("MNIST", "FashionMNIST", "digits") else 3
+    data = dataclasses.replace(
+        make_dataset([60, 60], channels=channels, size=(size, size)), name=name
+    )
     config = methods.resolve(frepo.Config(ipc=ipc), data)
     assert config.use_flip == flips
     if name == "digits":

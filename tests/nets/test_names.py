@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ddfast.nets import architectures, build, names
+from ddfast.nets import architectures, build, names, naming
 from ddfast.nets.convnet import ConvNet
 from ddfast.nets.naming import ConvNetOptions, convnet_options
 from ddfast.nets.resnet import ResNet18
@@ -222,3 +222,13 @@ def test_suffix_words_never_run_together() -> None:
         for (first, a), (second, b) in itertools.product(words[one].items(), words[other].items()):
             expected = ConvNetOptions()._replace(**{one: a, other: b})
             assert convnet_options(f"ConvNet{first}{second}") == expected
+
+
+def test_without_norm() -> None:
+    names = ("FRePoNet", "FRePoNetD2W32", "FRePoNetD2INW32", "ConvNetBNW64", "ConvNetNN", "MLP")
+    expected = ("NN", "D2W32NN", "D2W32NN", "W64NN", "NN", "MLP")
+    for name, end in zip(names, expected, strict=True):
+        assert naming.without_norm(name).endswith(end)
+        assert "IN" not in naming.without_norm(name) and "BN" not in naming.without_norm(name)
+    with pytest.raises(ValueError, match="cannot read 'X'"):
+        naming.without_norm("ConvNetX")
