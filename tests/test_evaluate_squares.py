@@ -17,6 +17,7 @@ from ddfast.evaluate import (
     Protocol,
     accuracy,
     largest_rate,
+    presets,
     protocol,
     squares,
     steps_matched,
