@@ -7,8 +7,8 @@ import triton.language as tl
 
 from ddfast.reference.mmd import NEAR
 
+#: Places in `KERNELS`; "laplace" is 1.
 GAUSSIAN = tl.constexpr(0)
-LAPLACE = tl.constexpr(1)
 ENERGY = tl.constexpr(2)
 POLYNOMIAL = tl.constexpr(3)
 NEAR_PART = tl.constexpr(NEAR)

@@ -148,14 +148,12 @@ def accuracy(
     reg: float,
     device: torch.device,
     advance: Callable[[int], None] = lambda images: None,
-    memory: int = DEFAULT,
 ) -> float:
     """The share of the data set's test images that the regression gets right, from 0 to 1.
 
     Args:
         support: images, uint8 or float as the data set's `normalised` gives them, and labels, int64
             or soft ones.
-        memory: bytes for a block of test images and its rows of the kernel.
 
     Raises:
         NotFinite: a prediction is not finite, from which no class can be read.
@@ -166,7 +164,7 @@ def accuracy(
     x = x.double()
     if not labels.is_floating_point():
         labels = centred(labels, dataset.num_classes, torch.float64)
-    most = rows_at_once(x, dataset.num_classes, memory)
+    most = rows_at_once(x, dataset.num_classes, DEFAULT)
 
     def blocks() -> Iterator[Tensor]:
         for pixels in dataset.test_images.split(most):

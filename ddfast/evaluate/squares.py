@@ -30,7 +30,7 @@ from torch import Tensor
 from ddfast import nets
 from ddfast.data import Dataset
 from ddfast.methods.config import dsa_strategy
-from ddfast.methods.frepo import scale_of
+from ddfast.methods.frepo import cosine, scale_of
 from ddfast.methods.published_trajectories import nearest
 from ddfast.methods.regression import centred
 
@@ -143,7 +143,7 @@ def warmed_cosine(step: int, steps: int) -> float:
     if step < WARM_UP:
         return step / WARM_UP
     part = min(1.0, (step - WARM_UP) / max(steps - WARM_UP, 1))
-    return LAST + (1 - LAST) * (1 + math.cos(math.pi * part)) / 2
+    return cosine(part, 1.0, LAST)
 
 
 def targets(labels: Tensor, classes: int, dtype: torch.dtype, protocol: Protocol) -> Tensor:

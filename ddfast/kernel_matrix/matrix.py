@@ -15,7 +15,7 @@ from ddfast.kernel_matrix.networks import (
     convolutions,
 )
 from ddfast.losses.dtypes import FLOATS
-from ddfast.ops.conv_kernel import conv_kernel
+from ddfast.ops.conv_kernel import check_pair, conv_kernel
 from ddfast.ops.dense_kernel import dense_kernel
 from ddfast.ops.registry import refuse_transforms
 from ddfast.reference.dense_kernel import KINDS
@@ -112,11 +112,4 @@ def _check_sets(x: Tensor, y: Tensor | None) -> None:
                 "value an image"
             )
     refuse_transforms(*(t for t in (x, y) if t is not None))
-    if y is None:
-        return
-    if y.shape[1:] != x.shape[1:]:
-        raise ValueError(
-            f"y: got images of shape {tuple(y.shape[1:])}, expected {tuple(x.shape[1:])} as in x"
-        )
-    if y.device != x.device:
-        raise ValueError(f"y: on {y.device}, expected {x.device}, where x is")
+    check_pair(x, y)

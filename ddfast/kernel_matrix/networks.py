@@ -6,8 +6,6 @@ import math
 import operator
 from collections.abc import Sequence
 
-from ddfast.ops.conv_kernel import READOUTS
-
 #: Convolutional networks by name: which layers a 2 x 2 pool follows, and the readout.
 #: KIP's ConvNet has a convolution without a pool in front of three with one (Nguyen et al., NeurIPS
 #: 2021). Myrtle-5, 7 and 10 (Shankar et al., ICML 2020) have three groups of convolutions with a
@@ -56,8 +54,6 @@ def convolutions(
     Raises:
         TypeError, ValueError: as `kernel_matrix`.
     """
-    if readout not in READOUTS:
-        raise ValueError(f"readout: got {readout!r}, expected one of {', '.join(READOUTS)}")
     if net not in PRESETS:
         return checked_pools(checked_depth(depth, net), pool), readout
     if (depth, pool, readout) != (3, True, "flatten"):

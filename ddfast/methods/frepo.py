@@ -202,9 +202,9 @@ def margin(labels: Tensor) -> Tensor:
     return (largest[:, 0] - largest[:, 1]).clamp(max=1 / labels.shape[1]).mean()
 
 
-def cosine(iteration: int, iterations: int) -> float:
-    """The share of the learning rate: from 1 to a tenth."""
-    return LAST + (1 - LAST) * (1 + math.cos(math.pi * iteration / iterations)) / 2
+def cosine(done: float, whole: float, last: float = LAST) -> float:
+    """The share of a learning rate after a part of the whole: from 1 down to the last one."""
+    return last + (1 - last) * (1 + math.cos(math.pi * done / whole)) / 2
 
 
 def _online_loss(run: Run, net: Network) -> Tensor:

@@ -23,6 +23,22 @@ from ddfast.reference.dense_kernel import KINDS, common_dtype
 READOUTS = ("flatten", "gap")
 
 
+def check_pair(x: Tensor, y: Tensor | None) -> None:
+    """Refuse two sets of which no kernel matrix can be made.
+
+    Raises:
+        ValueError: images of different shapes, or on different devices.
+    """
+    if y is None:
+        return
+    if y.shape[1:] != x.shape[1:]:
+        raise ValueError(
+            f"y: got images of shape {tuple(y.shape[1:])}, expected {tuple(x.shape[1:])} as in x"
+        )
+    if y.device != x.device:
+        raise ValueError(f"y: on {y.device}, expected {x.device}, where x is")
+
+
 def check(
     x: Tensor,
     y: Tensor | None,
@@ -45,12 +61,7 @@ def check(
             raise TypeError(f"{name}: got {t.dtype}, expected a floating dtype")
         if t.dim() != 4 or 0 in t.shape[1:]:
             raise ValueError(f"{name}: got shape {tuple(t.shape)}, expected (n, C, H, W)")
-    if y is not None and y.shape[1:] != x.shape[1:]:
-        raise ValueError(
-            f"y: got images of {tuple(y.shape[1:])}, expected {tuple(x.shape[1:])} as x"
-        )
-    if y is not None and y.device != x.device:
-        raise ValueError(f"y: on {y.device}, expected {x.device}, where x is")
+    check_pair(x, y)
     if kind not in KINDS:
         raise ValueError(f"kind: got {kind!r}, expected one of {', '.join(KINDS)}")
     if readout not in READOUTS:

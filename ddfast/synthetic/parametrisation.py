@@ -16,8 +16,6 @@ from ddfast.synthetic.pixels import pixels
 
 __all__ = ["recipe", "starting_set"]
 
-PARAMETRISATIONS = ("pixels", "multi_formation", "hallucinators", "bases")
-
 
 def recipe(
     parametrisation: str, factor: int, size: tuple[int, int], space: str
@@ -25,7 +23,7 @@ def recipe(
     """How `ddfast.synthetic.decode` makes images of it; None if they are stored as they are.
 
     Args:
-        parametrisation: one of `PARAMETRISATIONS`.
+        parametrisation: "pixels", "multi_formation", "hallucinators" or "bases".
         factor: of multi_formation, which with 1 is "pixels".
         size: (H, W) of the images.
         space: "normalised" or "pixel", see `ddfast.artefact.Artefact`.
