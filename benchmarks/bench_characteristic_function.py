@@ -146,18 +146,19 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 
 def sized(size: Size, options: argparse.Namespace) -> Iterator[Case]:
     # One class: NCFM's 4096 frequencies, and of each image four.
+    count = 512 if options.quick else 4096
     d, n = size.width * sizing.feature_side(size) ** 2, 4 * size.ipc
     m = size.batch_real
     few, note = sizing.share(
         sizing.batch_only(size),
         options,
-        memory=4 * (2 * d * (2 * n + m) + 4096 * (d + 2 * n + 2 * m)),
-        operations=2 * 2 * 4096 * d * (2 * n + m),
+        memory=4 * (2 * d * (2 * n + m) + count * (d + 2 * n + 2 * m)),
+        operations=2 * 2 * count * d * (2 * n + m),
     )
     n = max(1, n * few.batch_real // m)
     for draw in (False, True):
         for mode in sizing.wanted(options, "forward", "backward"):
-            made = case(4096, n, few.batch_real, d, options, draw, mode)
+            made = case(count, n, few.batch_real, d, options, draw, mode)
             yield dataclasses.replace(made, size=sizing.label(size, note))
 
 

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import torch
@@ -27,8 +28,9 @@ from torch import Tensor, nn
 from ddfast import engine
 from ddfast.augment import DSA
 from ddfast.bench import Case, compiled, run
-from ddfast.benchmarks import bench_augment
-from ddfast.benchmarks.matching_task import STRATEGY, Task, draws_of, judged, operation_of
+from ddfast.bench.sizes import Size
+from ddfast.benchmarks import bench_augment, sizing
+from ddfast.benchmarks.matching_task import STRATEGY, Shape, Task, draws_of, judged, operation_of
 from ddfast.engine.segments import pieces
 from ddfast.ops.class_mean import class_mean_distance
 
@@ -42,9 +44,10 @@ def official(task: Task) -> nn.Sequential:
     return plain
 
 
-def outer_iteration(size: str, ipc: int, augmented: bool, options: argparse.Namespace) -> Case:
+def outer_iteration(
+    size: str | Shape, ipc: int, augmented: bool, options: argparse.Namespace, classes: int = 10
+) -> Case:
     """From real and synthetic images to distances and the gradient of the images."""
-    classes = 10
     task = Task(size, classes, ipc, options.device)
     embed, dsa, draw = official(task), DSA(STRATEGY), draws_of(classes, task.size)
     images = torch.cat(task.reals())
@@ -103,16 +106,15 @@ def outer_iteration(size: str, ipc: int, augmented: bool, options: argparse.Name
         exact=exact,
         providers=providers,
         bytes=images.numel() * 4,
-        rounds=5 if size == "full" else 9,
+        rounds=sizing.rounds(options, 5 if task.large else 9),
         device=options.device,
         tolerance=1e-2,
         error=(lambda *_: 0.0) if augmented else judged,
     )
 
 
-def layer_means(size: str, options: argparse.Namespace) -> Case:
+def layer_means(size: str | Shape, options: argparse.Namespace, classes: int = 10) -> Case:
     """CAFE: each class's mean of every block's activation before pooling, and of the features."""
-    classes = 10
     task = Task(size, classes, 1, options.device)
     plain, images, counts = official(task), torch.cat(task.reals()), [task.batch] * classes
 
@@ -159,7 +161,7 @@ def layer_means(size: str, options: argparse.Namespace) -> Case:
         exact=exact,
         providers=providers,
         bytes=images.numel() * 4,
-        rounds=5 if size == "full" else 9,
+        rounds=sizing.rounds(options, 5 if task.large else 9),
         device=options.device,
     )
 
@@ -170,6 +172,24 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
         for ipc in (1, 10):
             yield outer_iteration(size, ipc, True, options)
         yield layer_means(size, options)
+
+
+def sized(size: Size, options: argparse.Namespace) -> Iterator[Case]:
+    forward, pixels = sizing.operations_of_image(size), 4 * size.width * size.side**2
+    few, note = sizing.several_classes(
+        size, options, memory=16 * pixels, operations=2 * forward, seconds=2
+    )
+    shape = Shape(size.side, sizing.network(size), few.batch_real, size.channels)
+    # Real images pass forward only, synthetic ones back to their pixels as well.
+    real, syn = (forward * few.classes * n for n in (few.batch_real, few.ipc))
+    for mode in sizing.wanted(options, "forward", "iteration"):
+        if mode == "forward":
+            made, flops = layer_means(shape, options, few.classes), real
+        else:
+            made = outer_iteration(shape, few.ipc, False, options, few.classes)
+            flops = real + 2 * syn
+        label = sizing.label(size, note)
+        yield dataclasses.replace(made, mode=mode, flops=flops, size=label)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""One epoch of 8 expert networks on scikit-learn's digits, 8x8 pixels.
+"""One epoch of expert networks: 8 on scikit-learn's digits, 8x8 pixels; two at a named size.
 
     python benchmarks/bench_experts.py --out benchmarks/results/experts.csv
 
@@ -15,6 +15,7 @@ reported is the median over networks, or a hundredth of the worst if that is mor
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Iterator
 
 import torch
@@ -25,6 +26,9 @@ from torch.nn.utils import parameters_to_vector
 from ddfast import data
 from ddfast.augment import DSA
 from ddfast.bench import Case, run
+from ddfast.bench.sizes import Size
+from ddfast.benchmarks import sizing
+from ddfast.benchmarks.random_images import noise
 from ddfast.data import Dataset, normalise
 from ddfast.evaluate.side_by_side import SideBySide, evenly, stack_size
 from ddfast.experts.train import built
@@ -65,7 +69,7 @@ def gsam(net: nn.Module, optimiser: torch.optim.SGD, config: Config, x: Tensor, 
 def eager(dataset: Dataset, config: Config) -> Tensor:
     """(networks, parameters) after the epoch."""
     dsa, found = DSA(config.dsa_strategy), []
-    for expert in range(NETWORKS):
+    for expert in range(config.num_experts):
         net = built(config, dataset, expert).train()
         if hasattr(net, "features"):  # the same modules, for what knows no operator of ddfast's
             net = nn.Sequential(*net.features.children(), nn.Flatten(), net.classifier)
@@ -92,7 +96,7 @@ def eager(dataset: Dataset, config: Config) -> Tensor:
 def ours(dataset: Dataset, config: Config, most: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """The same, in stacks of at most so many; 0 for one by one, unstacked."""
     found = []
-    for numbers in evenly(range(NETWORKS), max(1, most)):
+    for numbers in evenly(range(config.num_experts), max(1, most)):
         networks = [built(config, dataset, number).to(dtype) for number in numbers]
         group = Group(config, dataset, numbers, SideBySide(networks, stacked=most > 0))
         group.epoch(0, dataset.train_images, dataset.train_labels)
@@ -107,13 +111,15 @@ def error(result: object, exact: object) -> float:
     return max(float(found.median()), float(found.max()) / 100)
 
 
-def case(dataset: Dataset, model: str, batch: int, optimiser: str, device: str) -> Case:
+def case(
+    dataset: Dataset, model: str, batch: int, optimiser: str, device: str, networks: int = NETWORKS
+) -> Case:
     config = filled(
         Config(
             model=model,
             batch_train=batch,
             optimiser=optimiser,
-            num_experts=NETWORKS,
+            num_experts=networks,
             train_epochs=1,
             max_start_epoch=1,
             expert_epochs=1,
@@ -122,20 +128,20 @@ def case(dataset: Dataset, model: str, batch: int, optimiser: str, device: str) 
     )
     net = built(config, dataset, 0)
     weights = sum(p.numel() for p in net.parameters())
-    rule = stack_size(net, (dataset.channels, *dataset.size), batch, None, NETWORKS)
+    rule = stack_size(net, (dataset.channels, *dataset.size), batch, None, networks)
     steps = -(-len(dataset.train_images) // batch)
     return Case(
         operator="experts",
-        name=f"{model}, {NETWORKS} networks, batches of {batch}",
+        name=f"{model}, {networks} networks, batches of {batch}",
         mode=optimiser,
-        exact=lambda: ours(dataset, config, NETWORKS, torch.float64),
+        exact=lambda: ours(dataset, config, networks, torch.float64),
         providers={
             "eager": lambda: eager(dataset, config),
             "ddfast, one by one": lambda: ours(dataset, config, 0),
             f"ddfast, stacks of {rule}": lambda: ours(dataset, config, rule),
-            "ddfast, stacked": lambda: ours(dataset, config, NETWORKS),
+            "ddfast, stacked": lambda: ours(dataset, config, networks),
         },
-        bytes=3 * 4 * NETWORKS * weights * steps,
+        bytes=3 * 4 * networks * weights * steps,
         rounds=5,
         device=device,
         error=error,
@@ -148,6 +154,29 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
     dataset = data.load("digits")
     for model, batch, optimiser in CASES[:2] if options.quick else CASES:
         yield case(dataset, model, batch, optimiser, options.device)
+
+
+def sized(size: Size, options: argparse.Namespace) -> Iterator[Case]:
+    # Stacks are for a CPU; the epoch is of one batch, "iteration" a step of each network.
+    if options.device != "cpu" or "iteration" not in sizing.wanted(options, "iteration"):
+        return
+    networks, forward = 2, sizing.operations_of_image(size)
+    few, note = sizing.share(
+        sizing.batch_only(size),
+        options,
+        memory=networks * size.batch_real * 16 * size.width * size.side**2,
+        operations=networks * 3 * forward * size.batch_real,
+    )
+    classes = min(size.classes, max(2, few.batch_real))  # with one there is nothing to learn
+    dataset = noise(size, classes, max(1, few.batch_real // classes))
+    made = case(dataset, sizing.network(size), len(dataset.train_labels), "sgd", "cpu", networks)
+    yield dataclasses.replace(
+        made,
+        mode="iteration",
+        rounds=sizing.rounds(options, 5),
+        flops=networks * 3 * forward * len(dataset.train_labels),
+        size=sizing.label(size, note),
+    )
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -25,6 +26,8 @@ from torch import Tensor, nn
 
 from ddfast import nets
 from ddfast.bench import Case, run
+from ddfast.bench.sizes import Size
+from ddfast.benchmarks import sizing
 from ddfast.kernel_matrix import empirical_nngp
 
 CLASSES = 10
@@ -57,17 +60,20 @@ def case(
     reg: float,
     solve: torch.dtype,
     options: argparse.Namespace,
+    channels: int = 3,
 ) -> Case:
     """An iteration with `count` networks on (support, target) images."""
     random = torch.Generator().manual_seed(0)
     weight_var, bias_var, normalise = scales
     networks: list[nets.Network] = []
     for _ in range(count):
-        net = nets.build(model, 3, CLASSES, side, random).to(options.device).eval()
+        net = nets.build(model, channels, CLASSES, side, random).to(options.device).eval()
         if normalise:
             nets.initialise_wide(net, random)
         networks.append(net.requires_grad_(False))
-    x, y = (torch.randn(n, 3, side, side, generator=random).to(options.device) for n in sizes)
+    x, y = (
+        torch.randn(n, channels, side, side, generator=random).to(options.device) for n in sizes
+    )
 
     def loop(modules: Sequence[nn.Module], x: Tensor, y: Tensor, half: bool = False) -> Tensor:
         leaf = x.detach().requires_grad_()
@@ -126,7 +132,7 @@ def case(
         providers=providers,
         bytes=4 * (x.numel() + y.numel()),
         tolerance=1e-3,
-        rounds=5,
+        rounds=sizing.rounds(options, 5),
         device=options.device,
         error=error,
     )
@@ -140,6 +146,34 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
     if not options.quick:
         yield case("RFAD", "ConvNetW256NN", 2, (100, 256), 32, rfad, 5e-3, double, options)
         yield case("FRePo", "FRePoNet", 1, (100, 256), 32, frepo, 1e-6, single, options)
+
+
+def sized(size: Size, options: argparse.Namespace) -> Iterator[Case]:
+    # RFAD's networks on the support images of all classes and a batch of targets, "backward".
+    if "backward" not in sizing.wanted(options, "backward"):
+        return
+    count, forward = 1 if options.quick else 2, sizing.operations_of_image(size)
+    image = 16 * size.width * size.side**2
+    each = size.ipc + size.batch_real  # as if the targets belonged to classes, too
+    few, note = sizing.share(
+        size,
+        options,
+        memory=image * each * count,
+        operations=count * forward * (2 * size.ipc + each),
+        seconds=1.5,
+    )
+    support = max(2, few.classes * size.ipc * few.batch_real // size.batch_real)
+    targets = max(2, few.classes * few.batch_real)
+    model, reg = f"{sizing.network(size)}NN", 5e-3
+    made = case(
+        *("RFAD", model, count, (support, targets), size.side),
+        *((2.0, 0.01, True), reg, torch.float64, options, size.channels),
+    )
+    # Targets pass once; support images once, again for the gradient, and back.
+    flops = count * forward * (targets + 4 * support)
+    for name in ("eager, channels last", "eager, bfloat16", "ddfast, bfloat16"):
+        made.providers.pop(name)
+    yield dataclasses.replace(made, mode="backward", flops=flops, size=sizing.label(size, note))
 
 
 if __name__ == "__main__":

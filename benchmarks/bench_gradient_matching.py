@@ -14,12 +14,14 @@ input rounds to the other side of zero moves all images of its class by up to so
 program. The error that is reported is the median over images (allowed: 1e-3, and 1e-2 for a whole
 iteration, in which the real gradients have such flips as well); more than a fifth of the images
 beyond 5 % are an error, too. With DSA the providers draw parameters of their own, so that only the
-iteration without it is verified.
+iteration without it is verified. At a named size the real side counts as "backward", the synthetic
+one, the gradient of a distance between gradients, as "double".
 """
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import functools
 import statistics
 from collections.abc import Callable, Iterator
@@ -31,9 +33,11 @@ from torch.nn.functional import cross_entropy
 from ddfast import engine
 from ddfast.augment import DSA
 from ddfast.bench import Case, compiled, run
-from ddfast.benchmarks import bench_augment
+from ddfast.bench.sizes import Size
+from ddfast.benchmarks import bench_augment, sizing
 from ddfast.benchmarks.matching_task import (
     STRATEGY,
+    Shape,
     Task,
     class_loop,
     draws_of,
@@ -52,9 +56,9 @@ def judged_classes(result: object, exact: object, tensors: int) -> float:
     return 1.0 if max(errors) > 0.05 else statistics.median(errors)
 
 
-def real_side(size: str, classes: int, options: argparse.Namespace) -> Case:
+def real_side(size: str | Shape, classes: int, options: argparse.Namespace) -> Case:
     """Weight gradients of the real images of so many classes."""
-    task = Task(size, 10, 1, options.device)
+    task = Task(size, max(classes, 10), 1, options.device)
     task.classes = classes
     images, counts = task.reals(), [task.batch] * classes
     labels = task.real_labels[: classes * task.batch]
@@ -104,7 +108,7 @@ def real_side(size: str, classes: int, options: argparse.Namespace) -> Case:
         "ddfast direct": lambda: ddfast(algorithm="direct"),
         "torch.func vmap": vmap,
     }
-    if not options.no_compile:
+    if sizing.compiles(options, "backward"):
         fast = compiled(task.plain)
 
         def with_compile() -> list[Tensor]:
@@ -126,12 +130,12 @@ def real_side(size: str, classes: int, options: argparse.Namespace) -> Case:
         bytes=sum(x.numel() for x in images) * 4,
         tolerance=1e-3,  # of a class's gradient: a flipped ReLU or two of 256 images, see above
         error=functools.partial(judged_classes, tensors=len(task.names)),
-        rounds=5 if size == "full" else 9,
+        rounds=sizing.rounds(options, 5 if task.large else 9),
         device=options.device,
     )
 
 
-def synthetic_side(size: str, classes: int, ipc: int, options: argparse.Namespace) -> Case:
+def synthetic_side(size: str | Shape, classes: int, ipc: int, options: argparse.Namespace) -> Case:
     """From synthetic images and given real gradients to the gradient of the images."""
     task = Task(size, classes, ipc, options.device)
     counts = [ipc] * classes
@@ -189,7 +193,7 @@ def synthetic_side(size: str, classes: int, ipc: int, options: argparse.Namespac
         "ddfast losses, class loop": lambda: class_loop(task, targets),
         "torch.func vmap": vmap,
     }
-    if not options.no_compile and size != "full":
+    if sizing.compiles(options, "backward") and not task.large:
         fast = compiled(torch.func.grad_and_value(distance))
 
         def with_compile() -> tuple[Tensor, Tensor]:
@@ -204,7 +208,7 @@ def synthetic_side(size: str, classes: int, ipc: int, options: argparse.Namespac
         exact=exact,
         providers=providers,
         bytes=task.syn.numel() * 8,
-        rounds=5 if size == "full" and ipc > 1 else 15,
+        rounds=sizing.rounds(options, 5 if task.large and ipc > 1 else 15),
         device=options.device,
         tolerance=1e-3,
         error=judged,
@@ -212,7 +216,7 @@ def synthetic_side(size: str, classes: int, ipc: int, options: argparse.Namespac
 
 
 def outer_iteration(
-    size: str, ipc: int, augmented: bool, options: argparse.Namespace, classes: int = 10
+    size: str | Shape, ipc: int, augmented: bool, options: argparse.Namespace, classes: int = 10
 ) -> Case:
     """Everything between two updates of the images: both sides, augmentation, distance."""
     task = Task(size, classes, ipc, options.device)
@@ -272,7 +276,7 @@ def outer_iteration(
             "ddfast direct": lambda: ddfast(algorithm="direct"),
         },
         bytes=images.numel() * 4,
-        rounds=3 if size == "full" else 9,
+        rounds=sizing.rounds(options, 3 if task.large else 9),
         device=options.device,
         tolerance=1e-2,
         error=(lambda *_: 0.0) if augmented else judged,
@@ -290,6 +294,29 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
         yield outer_iteration(size, 10, True, options)
     if not options.quick:
         yield synthetic_side("s16", 100, 1, options)
+
+
+def sized(size: Size, options: argparse.Namespace) -> Iterator[Case]:
+    forward, pixels = sizing.operations_of_image(size), 4 * size.width * size.side**2
+    few, note = sizing.several_classes(
+        size, options, memory=16 * pixels, operations=6 * forward, seconds=2
+    )
+    shape = Shape(size.side, sizing.network(size), few.batch_real, size.channels)
+    classes, ipc = few.classes, few.ipc
+    # Forward and backward are 3 forward passes, their derivative 5 more of synthetic images.
+    real, syn = (3 * forward * classes * n for n in (few.batch_real, ipc))
+    for mode in sizing.wanted(options, "backward", "double", "iteration"):
+        if mode == "backward":
+            made, flops = real_side(shape, classes, options), real
+        elif mode == "double":
+            made, flops = synthetic_side(shape, classes, ipc, options), 3 * syn
+        else:
+            made = outer_iteration(shape, ipc, False, options, classes)
+            flops = real + 3 * syn
+        for variant in ("ddfast direct", "torch.func vmap", "ddfast losses, class loop"):
+            made.providers.pop(variant, None)
+        label = sizing.label(size, note)
+        yield dataclasses.replace(made, mode=mode, flops=flops, size=label)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ times as many with the gradient. neural-tangents takes part where it can be impo
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -23,8 +24,10 @@ from torch import Tensor
 
 import ddfast
 from ddfast.bench import Case, compiled, run
+from ddfast.bench.sizes import Size
 from ddfast.benchmarks import plain_conv_kernel as plain
 from ddfast.benchmarks import plain_dense_kernel as plain_dense
+from ddfast.benchmarks import sizing
 from ddfast.kernel_matrix import kernel_matrix
 from ddfast.ops.conv_kernel import conv_kernel
 
@@ -189,6 +192,35 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
         yield convolutional(options, 32, 1, 16, [False, *three], "flatten", gradient)
         yield convolutional(options, 16, 4, 16, three, "gap", gradient)
         yield convolutional(options, 32, 1, 16, three, "gap", gradient)
+
+
+def sized(size: Size, options: argparse.Namespace) -> Iterator[Case]:
+    modes = list(sizing.wanted(options, "forward", "backward"))
+    # Fully connected: the support images of all classes against KIP's 5000 targets.
+    d, targets = size.channels * size.side**2, 500 if options.quick else 5000
+    few, note = sizing.share(
+        sizing.classes_only(size),
+        options,
+        memory=4 * size.ipc * (2 * d + 60 * targets),
+        operations=4 * size.ipc * targets * d,
+        moved=100 * 4 * size.ipc * targets,
+        seconds=2,
+    )
+    for mode in modes:
+        shape = (targets, few.classes * size.ipc, d, 3)
+        made = fully_connected(options, *shape, gradient=mode == "backward")
+        yield dataclasses.replace(
+            made, operator="dense_kernel", mode=mode, size=sizing.label(size, note)
+        )
+    # Convolutional: a few pairs of images, for eager holds all pairs of their positions.
+    side = min(size.side, 16 if options.quick else 32)
+    note = "4 pairs of images" + (f", {side} of {size.side} px" if side < size.side else "")
+    pools = [True] * min(3, side.bit_length() - 1)
+    for mode in modes:
+        made = convolutional(options, side, 2, 2, pools, "flatten", mode == "backward")
+        yield dataclasses.replace(
+            made, operator="conv_kernel", mode=mode, size=sizing.label(size, note)
+        )
 
 
 def floor() -> None:

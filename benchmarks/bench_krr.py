@@ -11,13 +11,16 @@ against KIP's 5000 targets, n=500 at fifty, n=2000 CIFAR-100 at twenty.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from ddfast import losses
-from ddfast.bench import Case, run
+from ddfast.bench import Case, compiled, run
+from ddfast.bench.sizes import Size
+from ddfast.benchmarks import sizing
 from ddfast.reference import krr as reference
 
 
@@ -26,7 +29,14 @@ def by_cholesky(k_ss: Tensor, k_ts: Tensor, y_s: Tensor, reg: float) -> Tensor:
     return k_ts @ torch.cholesky_solve(y_s, factor)
 
 
-def case(n: int, m: int, columns: int, dtype: torch.dtype, options: argparse.Namespace) -> Case:
+def case(
+    n: int,
+    m: int,
+    columns: int,
+    dtype: torch.dtype,
+    options: argparse.Namespace,
+    mode: str = "backward",
+) -> Case:
     random = torch.Generator().manual_seed(0)
     features = torch.randn(n + m, 256, generator=random, dtype=torch.float64)
     kernel = torch.exp(-torch.cdist(features, features[:n]).square() / 256)
@@ -34,10 +44,9 @@ def case(n: int, m: int, columns: int, dtype: torch.dtype, options: argparse.Nam
     given = [x.to(options.device) for x in (kernel[:n], kernel[n:], labels[:n], labels[n:])]
     reg = 5e-3
 
-    def gradients(f: Callable[..., Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
-        leaves = [x.to(dtype).requires_grad_() for x in given[:3]]
-        value = f(*leaves, given[3].to(dtype))
-        return value, *torch.autograd.grad(value, leaves)
+    def provider(f: Callable[..., Tensor], dtype: torch.dtype) -> Callable[[], object]:
+        wanted = given[3].to(dtype)
+        return sizing.work(lambda *x: f(*x, wanted), [x.to(dtype) for x in given[:3]], mode)
 
     def plain(predict: Callable[..., Tensor]) -> Callable[..., Tensor]:
         return lambda *x: (predict(*x[:3], reg) - x[3]).square().mean() / 2
@@ -46,21 +55,30 @@ def case(n: int, m: int, columns: int, dtype: torch.dtype, options: argparse.Nam
         return losses.krr_loss(*x, reg=reg, solve_dtype=dtype)
 
     size = dtype.itemsize
+    providers = {
+        "eager": provider(plain(reference.predict), dtype),
+        "cholesky": provider(plain(by_cholesky), dtype),
+        "ddfast": provider(ours, dtype),
+    }
+    if sizing.compiles(options, mode):
+        providers["torch.compile"] = provider(compiled(plain(reference.predict)), dtype)
+    # Factorisation, two triangular solves and the prediction; back as many and two products.
+    flops = n**3 // 3 + 2 * n * n * columns + 2 * m * n * columns
+    if mode == "backward":
+        flops += 2 * n * n * columns + 4 * m * n * columns + 2 * n * n * columns
     return Case(
         operator="krr",
         name=f"n={n} m={m} C={columns} {str(dtype).removeprefix('torch.')}",
-        mode="forward and backward",
-        exact=lambda: gradients(plain(reference.predict), torch.float64),
-        providers={
-            "eager": lambda: gradients(plain(reference.predict), dtype),
-            "cholesky": lambda: gradients(plain(by_cholesky), dtype),
-            "ddfast": lambda: gradients(ours, dtype),
-        },
-        bytes=2 * size * (n * n + m * n + n * columns),
+        mode=mode,
+        exact=provider(plain(reference.predict), torch.float64),
+        providers=providers,
+        # The kernels and labels read, and their gradients written.
+        bytes=(2 if mode == "backward" else 1) * size * (n * n + m * n + n * columns),
         tolerance=1e-3,
-        rounds=21,
+        rounds=sizing.rounds(options, 21 if m * columns < 1e6 else 9),
         device=options.device,
-        flops=n**3 // 3 + 4 * n * n * columns + 6 * m * n * columns + 2 * n * n * columns,
+        flops=flops,
+        dtype=str(dtype).removeprefix("torch."),
     )
 
 
@@ -70,7 +88,26 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
         sizes.append((2000, 5000, 100))
     for size in sizes:
         for dtype in (torch.float64, torch.float32):
-            yield case(*size, dtype, options)
+            made = case(*size, dtype, options)
+            yield dataclasses.replace(made, mode="forward and backward")
+
+
+def sized(size: Size, options: argparse.Namespace) -> Iterator[Case]:
+    # The support images of all classes, as far as they fit, against KIP's 5000 targets.
+    targets = 500 if options.quick else 5000
+    few, note = sizing.share(
+        sizing.classes_only(size),
+        options,
+        memory=6 * 8 * size.ipc * 2 * targets,
+        operations=12 * size.ipc * targets * size.classes,
+        moved=10 * 8 * size.ipc * 2 * targets,
+        seconds=0.25,
+    )
+    for dtype in (torch.float64, torch.float32):
+        for mode in sizing.wanted(options, "forward", "backward"):
+            shape = (few.classes * size.ipc, targets, size.classes)
+            made = case(*shape, dtype, options, mode)
+            yield dataclasses.replace(made, size=sizing.label(size, note))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ gradient over the peak of one with T = 1. --threads 1 throughout.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -28,6 +29,8 @@ from pathlib import Path
 import torch
 
 from ddfast.bench import Case, commit, device_name, run
+from ddfast.bench.sizes import Size
+from ddfast.benchmarks import sizing
 from ddfast.benchmarks.matching_task import judged
 from ddfast.benchmarks.unroll_task import PROVIDERS, Result, Student, ddfast
 from ddfast.memory import peak_resident
@@ -46,8 +49,8 @@ def error(result: object, exact: object) -> float:
     return max(by_lr, judged(found[:2], wanted[:2]))
 
 
-def case(width: int, steps: int, options: argparse.Namespace) -> Case:
-    student = Student.made(width, steps, device=options.device)
+def case(student: Student, title: str, names: list[str], rounds: int, device: str) -> Case:
+    """Those of the providers on one student."""
 
     def exact() -> dict[str, list[torch.Tensor]]:
         wide = student.double()
@@ -56,27 +59,62 @@ def case(width: int, steps: int, options: argparse.Namespace) -> Case:
         wide.net.float()
         return dict(results)
 
-    names = list(PROVIDERS)
-    if steps * GRAPH[width] > options.most * 1e9:
-        names = [name for name in names if name not in ("eager", "ddfast graph")]
     return Case(
         operator="unroll",
-        name=f"ConvNet-3 width {width}, 100 images, T = {steps}",
+        name=f"{title}, T = {len(student.batches)}",
         mode="forward + backward",
         exact=exact,
         providers={name: lambda f=PROVIDERS[name]: f(student) for name in names},  # type: ignore[misc]
         bytes=8 * student.images.numel(),
-        rounds=3 if steps * width > 640 else 5,
-        device=options.device,
+        rounds=rounds,
+        device=device,
         tolerance=1e-2,
         error=error,
     )
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
-    options.most = 10.0
+    most = 10e9
     for width, steps in SIZES[:2] if options.quick else SIZES:
-        yield case(width, steps, options)
+        student = Student.made(width, steps, device=options.device)
+        names = list(PROVIDERS)
+        if steps * GRAPH[width] > most:
+            names = [name for name in names if name not in ("eager", "ddfast graph")]
+        title = f"ConvNet-3 width {width}, 100 images"
+        yield case(student, title, names, 3 if steps * width > 640 else 5, options.device)
+
+
+def sized(size: Size, options: argparse.Namespace) -> Iterator[Case]:
+    if "backward" not in sizing.wanted(options, "backward"):
+        return
+    steps = 2 if options.quick else 5
+    forward, pixels = sizing.operations_of_image(size), 4 * size.width * size.side**2
+    few, note = sizing.share(
+        dataclasses.replace(size, batch_real=size.ipc),
+        options,
+        memory=2.5 * 8 * pixels * steps * size.ipc,  # two blocks, most of them in the first
+        operations=9 * forward * steps * size.ipc,
+    )
+    images = few.classes * few.batch_real
+    student = Student.made(
+        size.width,
+        steps,
+        images,
+        options.device,
+        classes=size.classes,
+        image=(size.channels, size.side, size.side),
+        depth=size.depth,
+    )
+    title = f"{sizing.network(size)}, {size.side} px, {images} images"
+    names = ["eager", "ddfast"] + ["eager, TESLA", "ddfast frozen"] * (not options.quick)
+    made = case(student, title, names, 3 if options.quick else 5, options.device)
+    # Forward, backward and the derivative of both: nine forward passes of each image and step.
+    yield dataclasses.replace(
+        made,
+        mode="backward",
+        flops=9 * forward * images * steps,
+        size=sizing.label(size, note.replace("real images", "images")),
+    )
 
 
 def weigh(provider: str, width: int, steps: int) -> dict[str, int]:

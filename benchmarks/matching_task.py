@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,27 +15,41 @@ from ddfast.benchmarks.bench_gradient_distance import eager as distance_of_class
 
 STRATEGY = "color_crop_cutout_flip_scale_rotate"
 
-SIZES = {  # image side, network, real images per class
-    "full": (32, "ConvNet", 256),
-    "s16": (16, "ConvNetW64", 64),
-    "s8": (8, "ConvNetW64", 64),
-    "64x64": (64, "ConvNetD4", 256),
+
+class Shape(NamedTuple):
+    """Images, (channels, side, side), a network, and the real images of a class in an iteration."""
+
+    side: int
+    network: str
+    batch: int
+    channels: int = 3
+
+    def __str__(self) -> str:
+        return f"{self.network}, {self.side} px, n={self.batch}"
+
+
+SIZES = {
+    "full": Shape(32, "ConvNet", 256),
+    "s16": Shape(16, "ConvNetW64", 64),
+    "s8": Shape(8, "ConvNetW64", 64),
+    "64x64": Shape(64, "ConvNetD4", 256),
 }
 
 
 class Task:
     """Images, a network twice (ddfast's, and plain torch modules with its weights), gradients."""
 
-    def __init__(self, size: str, classes: int, ipc: int, device: str = "cpu") -> None:
+    def __init__(self, size: str | Shape, classes: int, ipc: int, device: str = "cpu") -> None:
         random = torch.Generator().manual_seed(0)
-        side, name, self.batch = SIZES[size]
+        side, name, self.batch, channels = SIZES[size] if isinstance(size, str) else size
+        self.large = side >= 32
         self.classes, self.ipc, self.size = classes, ipc, (side, side)
-        self.net = nets.build(name, 3, classes, side, random).to(device)
+        self.net = nets.build(name, channels, classes, side, random).to(device)
         layers = [*self.net.features.children(), nn.Flatten(), self.net.classifier]
         self.plain = nn.Sequential(*layers)
         self.names = engine.weight_names(self.net)
-        self.real = torch.randn(self.batch, 3, side, side, generator=random).to(device)
-        shape = (classes * ipc, 3, side, side)
+        self.real = torch.randn(self.batch, channels, side, side, generator=random).to(device)
+        shape = (classes * ipc, channels, side, side)
         self.syn = torch.randn(shape, generator=random).to(device).requires_grad_()
         self.real_labels = torch.arange(classes, device=device).repeat_interleave(self.batch)
         self.labels = torch.arange(classes, device=device).repeat_interleave(ipc)

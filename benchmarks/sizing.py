@@ -50,11 +50,55 @@ def share(
         moved: bytes that it reads and writes for a class.
         seconds: how many times the usual seconds a call may take.
     """
-    kind = torch.device(options.device).type
-    each = operations / OPERATIONS[kind] + moved / BYTES[kind]
+    each = _seconds(options, operations, moved)
     most = seconds * (QUICK_SECONDS if options.quick else SECONDS)
     budget = min(options.memory, memory * most / each if each else options.memory)
     return fitted(size, max(int(budget), 1), max(int(memory), 1))
+
+
+def several_classes(
+    size: Size,
+    options: argparse.Namespace,
+    *,
+    memory: float,
+    operations: float,
+    seconds: float = 1.0,
+    least: int = 4,
+) -> tuple[Size, str]:
+    """For whole iterations: the batch and the images per class shrink before the classes do.
+
+    Args:
+        memory, operations: of one real image.
+        seconds: how many times the usual seconds a call may take.
+        least: classes that are kept at least, if there are as many; two with `options.quick`.
+    """
+    most = seconds * (QUICK_SECONDS if options.quick else SECONDS)
+    images = int(min(options.memory / memory, most / _seconds(options, operations, 0)))
+    least = min(2 if options.quick else least, size.classes)
+    few, parts = fitted(batch_only(size), max(images // least, 1), size.batch_real)
+    few, classes = fitted(
+        dataclasses.replace(few, classes=size.classes),
+        max(images, least * few.batch_real),
+        few.batch_real,
+    )
+    ipc = max(1, min(size.ipc, few.batch_real // 8))
+    ipc_note = f"{ipc} of {size.ipc} images per class" if ipc < size.ipc else ""
+    note = ", ".join(part for part in (classes, parts, ipc_note) if part)
+    return dataclasses.replace(few, ipc=ipc), note
+
+
+def _seconds(options: argparse.Namespace, operations: float, moved: float) -> float:
+    kind = torch.device(options.device).type
+    return operations / OPERATIONS[kind] + moved / BYTES[kind]
+
+
+def operations_of_image(size: Size) -> int:
+    """Of one image's way through the convolutions of the size's ConvNet."""
+    total, channels = 0, size.channels
+    for block in range(size.depth):
+        total += 18 * channels * size.width * (size.side >> block) ** 2
+        channels = size.width
+    return total
 
 
 def batch_only(size: Size) -> Size:

@@ -18,7 +18,7 @@ Result = tuple[str, list[Tensor]]
 
 @dataclass
 class Student:
-    """ConvNet-3, 100 images of 3x32x32 (ipc 10), all of them in every step, a target nearby."""
+    """A ConvNet, synthetic images of all classes, all of them in every step, a target nearby."""
 
     net: nn.Module
     plain: nn.Sequential
@@ -30,15 +30,25 @@ class Student:
     lr: float = 0.01
 
     @staticmethod
-    def made(width: int, steps: int, images: int = 100, device: str = "cpu") -> Student:
+    def made(
+        width: int,
+        steps: int,
+        images: int = 100,
+        device: str = "cpu",
+        *,
+        classes: int = 10,
+        image: tuple[int, int, int] = (3, 32, 32),
+        depth: int = 3,
+    ) -> Student:
         random = torch.Generator().manual_seed(0)
-        net = nets.build(f"ConvNetW{width}", 3, 10, (32, 32), random).to(device)
+        channels, *size = image
+        net = nets.build(f"ConvNetD{depth}W{width}", channels, classes, size, random).to(device)
         # The same modules one after another, for what does not know ddfast's operators.
         plain = nn.Sequential(*net.features.children(), nn.Flatten(), net.classifier)
         start = nn.utils.parameters_to_vector(net.parameters()).detach()
         moved = torch.randn(start.shape, generator=random).to(device)
-        x = torch.randn(images, 3, 32, 32, generator=random).to(device)
-        labels = torch.arange(images, device=device) % 10
+        x = torch.randn(images, *image, generator=random).to(device)
+        labels = torch.arange(images, device=device) % classes
         rows = torch.arange(images, device=device)
         return Student(net, plain, start, start + 0.01 * moved, x, labels, [rows] * steps)
 
