@@ -7,7 +7,8 @@ Five networks on the distilled set, five on each of five random selections as la
 stored, five on all training images, by the method's own protocol. IT-GAN's generator and the
 experts of trajectory matching are trained first, on the same images, and their seconds count. A
 set with soft labels (DATM) is evaluated with them. KIP and LS are judged without networks, by the
-regression with their own kernel. `ddfast methods` and the README show the rows.
+regression with their own kernel, and KIP by networks, too; so is RFAD, whose kernel is that of an
+infinitely wide network of the same depth. `ddfast methods` and the README show the rows.
 Everything was fixed before any result on the test images was seen: settings are
 the methods' defaults for the data set, except those of `BUDGET`.
 """
@@ -27,7 +28,7 @@ import torch
 
 from ddfast import data, methods
 from ddfast.distill import distill
-from ddfast.evaluate import evaluate
+from ddfast.evaluate import Report, evaluate
 from ddfast.experts import train as experts
 from ddfast.generator import train as generator
 
@@ -149,8 +150,17 @@ def train_experts(method: str, dataset: data.Dataset, settings: dict[str, Any]) 
     )
 
 
-def figures(name: str, dataset_name: str, ipc: int) -> dict[str, Any]:
-    """Distil, evaluate, and say what came out."""
+def judges(name: str, config: dict[str, Any]) -> list[tuple[str, str]]:
+    """By which protocols a method's images are judged, and with which network or kernel."""
+    own = methods.find(name).protocol
+    if own == "krr":
+        finite = [("kip", MODEL)] if name == "kip" else []
+        return [(own, config["kernel"]), *finite]
+    return [(own, MODEL), ("krr", "nngp-conv2")] if name == "rfad" else [(own, MODEL)]
+
+
+def figures(name: str, dataset_name: str, ipc: int) -> list[dict[str, Any]]:
+    """Distil, evaluate, and say what came out, a row for each protocol."""
     dataset, method = dataset_of(dataset_name), methods.find(name)
     settings, seconds = settings_of(name, dataset_name, ipc), 0.0
     with tempfile.TemporaryDirectory() as folder:
@@ -171,21 +181,32 @@ def figures(name: str, dataset_name: str, ipc: int) -> dict[str, Any]:
         artefact = distill(name, dataset, config, run, progress=False, device="cpu")
         lines = (run / "log.jsonl").read_text().splitlines()
         seconds += json.loads(lines[-1])["seconds"]
-        model = artefact.config["kernel"] if method.protocol == "krr" else MODEL
-        report = evaluate(artefact, dataset, model, method.protocol, progress=False, device="cpu")
+        found = [
+            (evaluate(artefact, dataset, model, way, progress=False, device="cpu"), model, way)
+            for way, model in judges(name, artefact.config)
+        ]
+    return [
+        {
+            "method": name,
+            "dataset": dataset_name,
+            "ipc": ipc,
+            "model": model,
+            "iterations": config.iterations,
+            "protocol": way,
+            **accuracies(report),
+            "seconds": math.ceil(seconds),
+            "threads": torch.get_num_threads(),
+        }
+        for report, model, way in found
+    ]
+
+
+def accuracies(report: Report) -> dict[str, str]:
     rows = {row.name: str(row.accuracy) for row in report.rows}
     return {
-        "method": name,
-        "dataset": dataset_name,
-        "ipc": ipc,
-        "model": model,
-        "iterations": config.iterations,
-        "protocol": method.protocol,
         "random": rows["random selection"],
         "distilled": rows.get("distilled, soft labels", rows["distilled"]),
         "full": rows["full data"],
-        "seconds": math.ceil(seconds),
-        "threads": torch.get_num_threads(),
     }
 
 
@@ -197,9 +218,9 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    row = figures(options.method, options.dataset, options.ipc)
-    print(row)
-    key = [str(row[name]) for name in COLUMNS[:3]]
+    rows = figures(options.method, options.dataset, options.ipc)
+    print(*rows, sep="\n")
+    key = [str(rows[0][name]) for name in COLUMNS[:3]]
     kept = []
     if FIGURES.exists():
         with FIGURES.open(newline="", encoding="utf-8") as file:
@@ -207,7 +228,7 @@ def main() -> None:
     with FIGURES.open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
-        writer.writerows([*kept, row])
+        writer.writerows([*kept, *rows])
 
 
 if __name__ == "__main__":

@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accuracy import MODEL, dataset_of, settings_of, train_experts
 from torch.nn.functional import cosine_similarity
 
 from ddfast import data, methods
 from ddfast.artefact import Artefact
+from ddfast.benchmarks.accuracy import MODEL, dataset_of, settings_of, train_experts
 from ddfast.evaluate import evaluate
 from ddfast.memory import DEFAULT
 from ddfast.methods import mtt

@@ -1,4 +1,4 @@
-"""Differentiable siamese augmentation: forward and gradient with respect to the images.
+"""Differentiable siamese augmentation: forward, and its derivatives by the images.
 
     python benchmarks/bench_augment.py --out benchmarks/results/augment.csv
 
@@ -12,19 +12,18 @@ draw, so that results can be compared; "ddfast DiffAugment" draws the same numbe
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-from harness import Case, compiled, run
-
 from ddfast.augment import DSA, OPERATIONS
+from ddfast.bench import Case, compiled, run
+from ddfast.bench.sizes import Size
+from ddfast.benchmarks import sizing
 from ddfast.compat.dc import DiffAugment, ParamDiffAug
 
 SEED = 8  # mirrors, shifts both ways, erases a full square
@@ -198,30 +197,30 @@ def given(x: Tensor, operation: int, p: Tensor) -> Tensor:
 
 
 def case(
-    shape: tuple[int, ...], operations: list[int], backward: bool, options: argparse.Namespace
+    shape: tuple[int, ...], operations: list[int], mode: str, options: argparse.Namespace
 ) -> Case:
     """One batch through each of the operations in turn."""
-    generator = torch.Generator().manual_seed(0)
-    x, g = (torch.randn(shape, generator=generator).to(options.device) for _ in range(2))
-    leaf = x.clone().requires_grad_(backward)
+    x = sizing.drawn(shape, 0).to(options.device)
     size = (shape[2], shape[3])
     # One turn of a small batch would mostly time caches that the provider before it has emptied.
-    turns = max(1, 200_000 // x.numel())
+    turns = 1 if options.quick else max(1, 200_000 // x.numel())
     values = [torch.tensor(parameters(k, size), device=options.device) for k in range(6)]
     draws = [torch.tensor([[[k, *parameters(k, size)]]], dtype=torch.float64) for k in range(6)]
 
-    def every(f: Callable[[Tensor, int], Tensor], images: Tensor = leaf) -> Callable[[], object]:
+    def every(f: Callable[[Tensor, int], Tensor], images: Tensor = x) -> Callable[[], object]:
+        # Linear in the images: the second derivative is by the cotangent of the result.
+        by_operation = [
+            sizing.work(lambda t, k=k: f(t, k), [images], mode, linear=True) for k in operations
+        ]
         called = False
 
         def work() -> object:
             nonlocal called
             kept: list[Tensor] = []
-            for k in operations * (turns if called else 1):
-                results = [f(images, k)]
-                if backward:
-                    results += torch.autograd.grad(results[0], images, g.to(images.dtype))
-                if not called:  # the harness looks at the first call's results only
-                    kept += [t.detach() for t in results]
+            for each in by_operation * (turns if called else 1):
+                results = each()
+                if not called:  # only the first call's results are looked at
+                    kept += results
             called = True
             return kept
 
@@ -240,34 +239,46 @@ def case(
         "ddfast": every(ours),
         "ddfast DiffAugment": every(lambda t, k: DiffAugment(t, OPERATIONS[k], SEED, param)),
     }
-    if not options.no_compile:
+    if sizing.compiles(options, mode):
         torch._dynamo.reset()  # else the cases would count as recompilations of one function
         fast = [compiled(lambda t, p, k=k: given(t, k, p)) for k in range(6)]
         providers["torch.compile"] = every(lambda t, k: fast[k](t, values[k]))  # type: ignore[arg-type, return-value]
     names = "six operations" if len(operations) == 6 else OPERATIONS[operations[0]]
-    wide = x.double().requires_grad_(backward)
+    batches = {"forward": 1, "backward": 2, "double": 3}[mode]  # each one read and one written
     return Case(
         operator="augment",
         name=f"{'x'.join(map(str, shape))}, {names}" + (f", {turns} times" if turns > 1 else ""),
-        mode="forward and gradient" if backward else "forward",
-        exact=every(official, wide),
+        mode=mode,
+        exact=every(official, x.double()),
         providers=providers,
-        bytes=turns * len(operations) * (1 + backward) * 2 * 4 * x.numel(),
-        rounds=15 if x.numel() > 2e6 else 25,
+        bytes=turns * len(operations) * batches * 2 * 4 * x.numel(),
+        rounds=sizing.rounds(options, 15 if x.numel() > 2e6 else 25),
         device=options.device,
     )
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
     every = list(range(6))
+    titles = {"backward": "forward and gradient", "forward": "forward"}
     for shape in ((256, 3, 32, 32), (10, 3, 32, 32), (64, 3, 128, 128)):
         if shape[3] > 32 and options.quick:
             continue
-        yield case(shape, every, True, options)
-        yield case(shape, every, False, options)
+        for mode, title in titles.items():
+            yield dataclasses.replace(case(shape, every, mode, options), mode=title)
     if not options.quick:
         for k in every:
-            yield case((256, 3, 32, 32), [k], True, options)
+            made = case((256, 3, 32, 32), [k], "backward", options)
+            yield dataclasses.replace(made, mode=titles["backward"])
+
+
+def sized(size: Size, options: argparse.Namespace) -> Iterator[Case]:
+    # Forth and back, six operations of some ten passes each.
+    each = 4 * size.batch_real * size.channels * size.side**2
+    few, note = sizing.share(sizing.batch_only(size), options, memory=8 * each, moved=120 * each)
+    shape = (few.batch_real, size.channels, size.side, size.side)
+    for mode in sizing.wanted(options, *sizing.ORDERS):
+        made = case(shape, list(range(6)), mode, options)
+        yield dataclasses.replace(made, size=sizing.label(size, note))
 
 
 if __name__ == "__main__":

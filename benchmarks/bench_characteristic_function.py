@@ -1,4 +1,4 @@
-"""NCFM's characteristic function distance and its gradient with respect to the synthetic features.
+"""NCFM's characteristic function distance, and its gradient by the synthetic features.
 
     python benchmarks/bench_characteristic_function.py --out FILE.csv
 
@@ -13,17 +13,16 @@ one matrix product per side forward, and one for the gradient, which the kept pr
 from __future__ import annotations
 
 import argparse
-import sys
+import dataclasses
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-from harness import Case, compiled, run
-
 from ddfast import losses
+from ddfast.bench import Case, compiled, run
+from ddfast.bench.sizes import Size
+from ddfast.benchmarks import sizing
 from ddfast.losses import Frequencies
 from ddfast.reference import frequencies as drawn
 from ddfast.reference.characteristic_function import FLOOR
@@ -59,15 +58,14 @@ def one_product(x: Tensor, y: Tensor, t: Tensor) -> Tensor:
     return combined(*function(x), *of_y)
 
 
-def with_gradient(f: Callable[..., Tensor], x: Tensor, *rest: object) -> tuple[Tensor, Tensor]:
-    """Distance and gradient."""
-    value = f(x, *rest)
-    (gradient,) = torch.autograd.grad(value, x)
-    return value.detach(), gradient
-
-
 def case(
-    count: int, n: int, m: int, width: int, options: argparse.Namespace, draw: bool = False
+    count: int,
+    n: int,
+    m: int,
+    width: int,
+    options: argparse.Namespace,
+    draw: bool = False,
+    mode: str = "backward",
 ) -> Case:
     """n synthetic and m real rows of norm 1; `draw`: fresh frequencies in every call."""
     generator = torch.Generator().manual_seed(0)
@@ -76,70 +74,91 @@ def case(
         x = torch.randn(number, width, generator=generator)
         return torch.nn.functional.normalize(x, eps=1e-12).to(options.device)
 
-    x, y = rows(n).requires_grad_(), rows(m)
+    x, y = rows(n), rows(m)
     numbers = Frequencies(count, seed=1)
     t = drawn.frequencies(count, width, 1, 1.0, 0, 1, torch.float32)[0].to(options.device)
     weights = torch.ones(n, count, device=options.device)
 
-    def eager(f: Callable[..., Tensor]) -> Callable[[], object]:
+    random = torch.Generator(options.device).manual_seed(1)
+
+    def provider(
+        f: Callable[..., Tensor], *rest: object, draws: bool = False
+    ) -> Callable[[], object]:
+        made = sizing.work(lambda leaf: f(leaf, *rest), [x.to(rest[0].dtype)], mode)
+
         def call() -> object:
-            if draw:  # what an eager call pays for; its values cannot be ours
-                torch.randn(count, width, device=options.device)
-            return with_gradient(f, x, y, t)
+            if draws:  # what an eager call pays for; its values cannot be ours
+                torch.randn(count, width, device=options.device, generator=random)
+            return made()
 
         return call
 
-    def exact() -> tuple[Tensor, Tensor]:
-        return with_gradient(
-            one_product, x.detach().double().requires_grad_(), y.double(), t.double()
-        )
-
     frequencies = numbers if draw else t
     providers: dict[str, Callable[[], object]] = {
-        "eager": eager(official),
-        "eager, one product": eager(one_product),
+        "eager": provider(official, y, t, draws=draw),
+        "eager, one product": provider(one_product, y, t, draws=draw),
     }
-    if not options.no_compile and not options.quick:
-        fast = compiled(one_product)
-        providers["torch.compile"] = eager(fast)
-    providers["ddfast, autograd"] = lambda: with_gradient(
-        losses.characteristic_function_distance, x, y, frequencies
+    if sizing.compiles(options, mode):
+        providers["torch.compile"] = provider(compiled(one_product), y, t, draws=draw)
+    ours = losses.characteristic_function_distance
+    providers["ddfast, autograd" if mode == "backward" else "ddfast"] = provider(
+        ours, y, frequencies
     )
-    providers["ddfast"] = lambda: losses.characteristic_function_distance_and_gradient(
-        x.detach(), y, frequencies
-    )
-    found = providers["ddfast"]()
+    if mode == "backward":
+        providers["ddfast"] = lambda: losses.characteristic_function_distance_and_gradient(
+            x, y, frequencies
+        )
+    ddfast, gradients, found = providers["ddfast"], int(mode == "backward"), []
 
     def products() -> object:
         with torch.no_grad():
-            _ = (x @ t.T, y @ t.T, weights @ t)
-        return found  # there is nothing to verify
+            _ = (x @ t.T, y @ t.T, weights @ t if gradients else None)
+        if not found:  # there is nothing to verify
+            found.append(ddfast())
+        return found[0]
 
     providers["matrix products alone"] = products
     return Case(
         operator="characteristic_function",
         name=f"k={count}, n={n}, m={m}, d={width}{', drawn' if draw else ''}",
-        mode="loss and gradient",
-        exact=exact,
+        mode=mode,
+        exact=lambda: provider(one_product, y.double(), t.double())(),
         providers=providers,
-        bytes=4 * (2 * x.numel() + y.numel() + (0 if draw else t.numel())),
+        # Features and frequencies read, unless these are drawn; the gradient written.
+        bytes=4 * (gradients * x.numel() + x.numel() + y.numel() + (0 if draw else t.numel())),
         # The published form of the phase term loses digits where the two functions are close.
         tolerance=2e-2,
-        rounds=15,
+        rounds=sizing.rounds(options, 15),
         device=options.device,
-        flops=2 * count * width * (2 * n + m),
+        flops=2 * count * width * (n + gradients * n + m),
     )
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
+    shapes = [(4096, 1024, 1024, 2048), (4096, 10, 1024, 2048)]
+    chosen = [(*shape, draw) for draw in (False, True) for shape in shapes]
     if options.quick:
-        yield case(512, 128, 256, 256, options)
-        yield case(512, 10, 256, 256, options, draw=True)
-        return
-    yield case(4096, 1024, 1024, 2048, options)
-    yield case(4096, 10, 1024, 2048, options)
-    yield case(4096, 1024, 1024, 2048, options, draw=True)
-    yield case(4096, 10, 1024, 2048, options, draw=True)
+        chosen = [(512, 128, 256, 256, False), (512, 10, 256, 256, True)]
+    for *shape, draw in chosen:
+        made = case(*shape, options, draw=draw)
+        yield dataclasses.replace(made, mode="loss and gradient")
+
+
+def sized(size: Size, options: argparse.Namespace) -> Iterator[Case]:
+    # One class: NCFM's 4096 frequencies, and of each image four.
+    d, n = size.width * sizing.feature_side(size) ** 2, 4 * size.ipc
+    m = size.batch_real
+    few, note = sizing.share(
+        sizing.batch_only(size),
+        options,
+        memory=4 * (2 * d * (2 * n + m) + 4096 * (d + 2 * n + 2 * m)),
+        operations=2 * 2 * 4096 * d * (2 * n + m),
+    )
+    n = max(1, n * few.batch_real // m)
+    for draw in (False, True):
+        for mode in sizing.wanted(options, "forward", "backward"):
+            made = case(4096, n, few.batch_real, d, options, draw, mode)
+            yield dataclasses.replace(made, size=sizing.label(size, note))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Distance of class means (DM's loss) and its gradient with respect to the synthetic features.
+"""Distance of class means (DM's loss), and its derivatives by the synthetic features.
 
     python benchmarks/bench_class_mean.py --out benchmarks/results/class_mean.csv
 
@@ -9,17 +9,16 @@ batched" is the best plain torch for classes of equal size.
 from __future__ import annotations
 
 import argparse
-import sys
+import dataclasses
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-from harness import Case, compiled, run
-
 from ddfast import losses
+from ddfast.bench import Case, compiled, run
+from ddfast.bench.sizes import Size
+from ddfast.benchmarks import sizing
 from ddfast.reference import class_mean as reference
 
 
@@ -38,14 +37,6 @@ def batched(syn: Tensor, real: Tensor) -> Tensor:
     return ((real.mean(1) - syn.mean(1)) ** 2).sum()
 
 
-def with_gradient(f: Callable[[Tensor], Tensor], syn: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss and gradient, the gradient as rows of all classes."""
-    value = f(syn)
-    (gradient,) = torch.autograd.grad(value, syn)
-    # A 3-D gradient is made of equal rows: one per class is all there is to look at.
-    return value.detach(), gradient[:, 0] if gradient.dim() == 3 else gradient
-
-
 def case(
     classes: int,
     real_rows: int,
@@ -54,6 +45,7 @@ def case(
     options: argparse.Namespace,
     dtype: torch.dtype = torch.float32,
     uneven: bool = False,
+    mode: str = "backward",
 ) -> Case:
     """One shape of features; classes of equal size unless `uneven`."""
     generator = torch.Generator().manual_seed(0)
@@ -66,39 +58,40 @@ def case(
     real, leaf = drawn(sum(real_counts)), drawn(sum(syn_counts)).requires_grad_()
     first = list(range(0, classes * syn_rows, syn_rows))
 
-    def official() -> tuple[Tensor, Tensor]:
-        value, gradient = with_gradient(lambda s: loop(s, real, syn_counts, real_counts), leaf)
-        return value, gradient[first]
+    def by_class(f: Callable[[Tensor], Tensor], given: Tensor) -> Callable[[], list[Tensor]]:
+        """The sum of the losses; gradients of a class are equal rows, of which one is shown."""
+        directions = [sizing.drawn(leaf.shape, 1, leaf).to(given).view(given.shape)]
+        made = sizing.work(lambda x: f(x).sum(), [given], mode, directions=directions)
 
-    def ours_with_counts() -> tuple[Tensor, Tensor]:
-        value, gradient = with_gradient(
-            lambda s: losses.class_mean_distance(s, real, syn_counts, real_counts).sum(), leaf
-        )
-        return value, gradient[first]
+        def work() -> list[Tensor]:
+            found = made()
+            gradients = found if mode == "double" else found[1:]
+            rows = [g[:, 0] if g.dim() == 3 else g[first] for g in gradients]
+            return rows if mode == "double" else [found[0], *rows]
 
-    def exact() -> tuple[Tensor, Tensor]:
-        wide = leaf.detach().double().requires_grad_()
-        value, gradient = with_gradient(
-            lambda s: reference.class_mean_distance(s, real.double(), syn_counts, real_counts)[
-                0
-            ].sum(),
-            wide,
-        )
-        return value, gradient[first]
+        return work
 
-    providers: dict[str, Callable[[], object]] = {"eager": official}
+    def exact() -> list[Tensor]:
+        wide = real.double()
+        return by_class(
+            lambda s: reference.class_mean_distance(s, wide, syn_counts, real_counts)[0],
+            leaf.detach().double(),
+        )()
+
+    providers: dict[str, Callable[[], object]] = {
+        "eager": by_class(lambda s: loop(s, real, syn_counts, real_counts), leaf)
+    }
     if uneven:
-        providers["ddfast"] = ours_with_counts
-    else:
-        cubes = (leaf.detach().view(classes, syn_rows, width), real.view(classes, -1, width))
-        cube = cubes[0].requires_grad_()
-        providers["torch batched"] = lambda: with_gradient(lambda s: batched(s, cubes[1]), cube)
-        providers["ddfast"] = lambda: with_gradient(
-            lambda s: losses.class_mean_distance(s, cubes[1]).sum(), cube
+        providers["ddfast"] = by_class(
+            lambda s: losses.class_mean_distance(s, real, syn_counts, real_counts), leaf
         )
-        if not options.no_compile and not options.quick:
+    else:
+        cube, reals = leaf.detach().view(classes, syn_rows, width), real.view(classes, -1, width)
+        providers["torch batched"] = by_class(lambda s: batched(s, reals), cube)
+        providers["ddfast"] = by_class(lambda s: losses.class_mean_distance(s, reals), cube)
+        if sizing.compiles(options, mode):
             fast = compiled(batched)
-            providers["torch.compile"] = lambda: with_gradient(lambda s: fast(s, cubes[1]), cube)
+            providers["torch.compile"] = by_class(lambda s: fast(s, reals), cube)
     kind = {torch.float32: "", torch.bfloat16: ", bfloat16"}[dtype]
     sizes = "uneven, about" if uneven else ""
     return Case(
@@ -106,24 +99,40 @@ def case(
         name=f"C={classes}, {sizes} n={real_rows}, m={syn_rows}, d={width}{kind}".replace(
             ",  ", ", "
         ),
-        mode="loss and gradient",
+        mode=mode,
         exact=exact,
         providers=providers,
-        bytes=(real.numel() + leaf.numel()) * real.element_size(),
+        # Both sets read; gradients are one row a class, and "double" reads directions in addition.
+        bytes=(real.numel() + leaf.numel() * (2 if mode == "double" else 1)) * real.itemsize,
         tolerance=2e-2 if dtype == torch.bfloat16 else 1e-4,
-        rounds=15 if real.numel() > 1e7 else 51,
+        rounds=sizing.rounds(options, 15 if real.numel() > 1e7 else 51),
         device=options.device,
+        dtype=str(dtype).removeprefix("torch."),
     )
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
-    yield case(10, 256, 10, 2048, options)
-    yield case(10, 256, 1, 2048, options)
-    yield case(10, 256, 10, 64, options)
-    yield case(10, 256, 10, 2048, options, uneven=True)
-    yield case(10, 256, 10, 2048, options, dtype=torch.bfloat16)
-    if not options.quick:
-        yield case(100, 256, 10, 2048, options)
+    bfloat16 = {"dtype": torch.bfloat16}
+    for shape, more in (
+        ((10, 256, 10, 2048), {}),
+        ((10, 256, 1, 2048), {}),
+        ((10, 256, 10, 64), {}),
+        ((10, 256, 10, 2048), {"uneven": True}),
+        ((10, 256, 10, 2048), bfloat16),
+        ((100, 256, 10, 2048), {}),
+    ):
+        if shape[0] == 10 or not options.quick:
+            made = case(*shape, options, **more)  # type: ignore[arg-type]
+            yield dataclasses.replace(made, mode="loss and gradient")
+
+
+def sized(size: Size, options: argparse.Namespace) -> Iterator[Case]:
+    width = size.width * sizing.feature_side(size) ** 2
+    each = 4 * width * (size.batch_real + size.ipc)
+    few, note = sizing.share(size, options, memory=2 * each, moved=4 * each)
+    for mode in sizing.wanted(options, *sizing.ORDERS):
+        made = case(few.classes, few.batch_real, few.ipc, width, options, mode=mode)
+        yield dataclasses.replace(made, size=sizing.label(size, note))
 
 
 if __name__ == "__main__":

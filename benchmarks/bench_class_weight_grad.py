@@ -4,26 +4,31 @@
 
 The baseline is plain torch, class by class, on channels_last tensors, where it is fastest. GFLOP/s
 count the operations of a direct convolution, products with the padding included, for all providers.
+At a named size: the second layer of the ConvNet with the synthetic images, and the derivatives of
+each product by both of its factors.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
+import dataclasses
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-sys.path.insert(0, str(Path(__file__).parent))
-from harness import Case, run
-
+from ddfast.bench import Case, run
+from ddfast.bench.sizes import Size
+from ddfast.benchmarks import sizing
 from ddfast.ops import class_weight_grad as ops
 from ddfast.reference import class_weight_grad as reference
 
-PRODUCTS = ("result", "by input", "by weights")
+PRODUCTS = {
+    "result": "class_conv",
+    "by input": "class_input_grad",
+    "by weights": "class_weight_grad",
+}
 
 
 def eager(product: str, x: Tensor, weight: Tensor, grad: Tensor, count: int) -> Tensor:
@@ -68,8 +73,10 @@ def case(
     side: int,
     classes: int,
     count: int,
+    mode: str = "forward",
+    algorithms: tuple[str, ...] = ("direct", "winograd", "auto"),
 ) -> Case:
-    """One layer, one product."""
+    """One layer, one product; "backward" and "double" by both of its factors."""
     generator = torch.Generator().manual_seed(0)
 
     def drawn(*shape: int) -> Tensor:
@@ -78,28 +85,44 @@ def case(
 
     x, grad = (drawn(classes * count, channels, side, side) for channels in (inputs, outputs))
     weight = drawn(classes, outputs, inputs, 3, 3)
-    providers: dict[str, Callable[[], object]] = {
-        "eager": lambda: eager(product, x, weight, grad, count)
-    }
-    hows = ["direct", "auto"]
-    if reference.winograd_applies((3, 3), (side, side), 1):
-        hows.insert(1, "winograd")
-    for how in hows:
-        providers[f"ddfast {how}"] = lambda how=how: by_classes(  # type: ignore[misc]
-            ops, product, x, weight, grad, count, how
-        )
-    wide = [t.double() for t in (x, weight, grad)]
+
+    def provider(f: Callable[..., Tensor], wide: bool = False) -> Callable[[], object]:
+        """From f(x, weight, grad), of which the product has two."""
+        given = [t.double() if wide else t for t in (x, weight, grad)]
+        places = {"result": (0, 1), "by input": (1, 2), "by weights": (0, 2)}[product]
+
+        def of_factors(*factors: Tensor) -> Tensor:
+            parts = list(given)
+            for place, factor in zip(places, factors, strict=True):
+                parts[place] = factor
+            return f(*parts)
+
+        return sizing.work(of_factors, [given[place] for place in places], mode)
+
+    def ours(how: str, functions: object = ops) -> Callable[..., Tensor]:
+        return lambda x, weight, grad: by_classes(functions, product, x, weight, grad, count, how)
+
+    providers = {"eager": provider(lambda x, w, g: eager(product, x, w, g, count))}
+    for how in algorithms:
+        if how != "winograd" or reference.winograd_applies((3, 3), (side, side), 1):
+            name = f"ddfast {how}" if len(algorithms) > 1 else "ddfast"
+            providers[name] = provider(ours(how))
+    # The product; two products more are its gradient, and two more that gradient's.
+    products = {"forward": 1, "backward": 3, "double": 5}[mode]
     return Case(
         operator="class_weight_grad",
         name=f"{inputs}->{outputs}, {side}x{side}, C={classes}, n={count}",
-        mode=product,
-        exact=lambda: by_classes(reference, product, *wide, count, "auto"),
+        mode=mode,
+        exact=provider(ours("auto", reference), wide=True),
         providers=providers,
-        bytes=4 * (x.numel() + grad.numel() + weight.numel()),
+        # All three tensors pass once in every mode; gradients and directions as well, if there are.
+        bytes={"forward": 1, "backward": 2, "double": 3}[mode]
+        * 4
+        * (x.numel() + grad.numel() + weight.numel()),
         tolerance=1e-5,
-        rounds=15 if x.numel() * outputs < 1e9 else 7,
+        rounds=sizing.rounds(options, 15 if x.numel() * outputs < 1e9 else 7),
         device=options.device,
-        flops=18 * x.numel() * outputs,
+        flops=products * 18 * x.numel() * outputs,
     )
 
 
@@ -111,7 +134,26 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
             if options.quick and count > 10:
                 continue
             for product in PRODUCTS:
-                yield case(options, product, inputs, outputs, side, classes, count)
+                made = case(options, product, inputs, outputs, side, classes, count)
+                yield dataclasses.replace(made, mode=product)
+
+
+def sized(size: Size, options: argparse.Namespace) -> Iterator[Case]:
+    side, width = max(1, size.side // 2), size.width
+    pixels = 4 * size.ipc * width * side**2
+    weights = 4 * 9 * width**2
+    few, note = sizing.share(
+        sizing.classes_only(size),
+        options,
+        memory=8 * (pixels + weights),
+        operations=5 * 18 * width * pixels / 4,
+    )
+    for product, operator in PRODUCTS.items():
+        for mode in sizing.wanted(options, *sizing.ORDERS):
+            shape = (width, width, side, few.classes, size.ipc)
+            made = case(options, product, *shape, mode, ("auto",))
+            label = sizing.label(size, note)
+            yield dataclasses.replace(made, operator=operator, size=label)
 
 
 if __name__ == "__main__":

@@ -19,20 +19,16 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parent))
-import bench_augment
-from harness import Case, compiled
-from matching_task import STRATEGY, Task, draws_of, judged, operation_of, run_tuned
-
 from ddfast import engine
 from ddfast.augment import DSA
+from ddfast.bench import Case, compiled, run
+from ddfast.benchmarks import bench_augment
+from ddfast.benchmarks.matching_task import STRATEGY, Task, draws_of, judged, operation_of
 from ddfast.engine.segments import pieces
 from ddfast.ops.class_mean import class_mean_distance
 
@@ -177,4 +173,4 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 
 
 if __name__ == "__main__":
-    run_tuned(cases, __doc__ or "")
+    run(cases, __doc__ or "")

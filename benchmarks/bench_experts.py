@@ -15,20 +15,16 @@ reported is the median over networks, or a hundredth of the worst if that is mor
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils import parameters_to_vector
 
-sys.path.insert(0, str(Path(__file__).parent))
-from harness import Case, run
-
 from ddfast import data
 from ddfast.augment import DSA
+from ddfast.bench import Case, run
 from ddfast.data import Dataset, normalise
 from ddfast.evaluate.side_by_side import SideBySide, evenly, stack_size
 from ddfast.experts.train import built

@@ -18,17 +18,13 @@ from __future__ import annotations
 
 import argparse
 import copy
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-sys.path.insert(0, str(Path(__file__).parent))
-from harness import Case, run
-
 from ddfast import nets
+from ddfast.bench import Case, run
 from ddfast.kernel_matrix import empirical_nngp
 
 CLASSES = 10

@@ -22,21 +22,24 @@ from __future__ import annotations
 import argparse
 import functools
 import statistics
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-sys.path.insert(0, str(Path(__file__).parent))
-import bench_augment
-from harness import Case, compiled
-from matching_task import STRATEGY, Task, class_loop, draws_of, judged, operation_of, run_tuned
-
 from ddfast import engine
 from ddfast.augment import DSA
+from ddfast.bench import Case, compiled, run
+from ddfast.benchmarks import bench_augment
+from ddfast.benchmarks.matching_task import (
+    STRATEGY,
+    Task,
+    class_loop,
+    draws_of,
+    judged,
+    operation_of,
+)
 
 
 def judged_classes(result: object, exact: object, tensors: int) -> float:
@@ -290,4 +293,4 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
 
 
 if __name__ == "__main__":
-    run_tuned(cases, __doc__ or "")
+    run(cases, __doc__ or "")

@@ -17,17 +17,14 @@ import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-import plain_conv_kernel as plain
-import plain_dense_kernel as plain_dense
-from harness import Case, compiled, run
-
 import ddfast
+from ddfast.bench import Case, compiled, run
+from ddfast.benchmarks import plain_conv_kernel as plain
+from ddfast.benchmarks import plain_dense_kernel as plain_dense
 from ddfast.kernel_matrix import kernel_matrix
 from ddfast.ops.conv_kernel import conv_kernel
 

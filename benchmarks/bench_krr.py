@@ -11,17 +11,13 @@ against KIP's 5000 targets, n=500 at fifty, n=2000 CIFAR-100 at twenty.
 from __future__ import annotations
 
 import argparse
-import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-from harness import Case, run
-
 from ddfast import losses
+from ddfast.bench import Case, run
 from ddfast.reference import krr as reference
 
 

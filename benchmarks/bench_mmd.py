@@ -1,4 +1,4 @@
-"""Squared maximum mean discrepancy (M3D's and other kernels), value and gradient by x.
+"""Squared maximum mean discrepancy (M3D's and other kernels): value, and gradient by x.
 
     python benchmarks/bench_mmd.py --out benchmarks/results/mmd.csv
     python benchmarks/bench_mmd.py --memory 10000 --out benchmarks/results/mmd_memory.json
@@ -15,6 +15,7 @@ providers: distances of both sets and between them, each pair once, and the grad
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import subprocess
@@ -25,11 +26,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-from harness import Case, commit, compiled, device_name, run
-
 import ddfast
 from ddfast import losses
+from ddfast.bench import Case, commit, compiled, device_name, run
+from ddfast.bench.sizes import Size
+from ddfast.benchmarks import sizing
 from ddfast.memory import peak_resident
 
 FACTORS = (0.25, 0.5, 1.0, 2.0, 4.0)
@@ -124,59 +125,91 @@ def case(
     m: int,
     d: int,
     classes: int | None = None,
+    mode: str = "backward",
+    formulas: bool = True,
 ) -> Case:
-    """One pair of sets, or of `classes` sets at once."""
+    """One pair of sets, or of `classes` sets at once; `formulas`: with other plain ones."""
     leading = () if classes is None else (classes,)
     x = drawn(options, *leading, n, d, seed=0).requires_grad_()
     y = drawn(options, *leading, m, d, seed=1, mean=0.1)
     # The formula leaves rounding on the diagonal, which is too much under a root.
     best, other = (by_cdist, by_formula) if kernel == "energy" else (by_formula, by_cdist)
     names = {by_cdist: "eager, cdist", by_formula: "eager, formula"}
-    providers: dict[str, Callable[[], object]] = {
-        "eager": lambda: with_gradient(lambda t: plain(best, kernel, t, y), x),
-        names[other]: lambda: with_gradient(lambda t: plain(other, kernel, t, y), x),
-        "eager, pooled": lambda: with_gradient(lambda t: pooled(kernel, t, y), x),
-        "ddfast": lambda: with_gradient(lambda t: losses.mmd(t, y, kernel), x),
-        "ddfast, without autograd": lambda: losses.mmd_and_gradient(x.detach(), y, kernel),
+
+    def provider(f: Callable[[Tensor], Tensor]) -> Callable[[], object]:
+        return sizing.work(f, [x.detach()], mode)
+
+    providers = {
+        "eager": provider(lambda t: plain(best, kernel, t, y)),
+        "ddfast": provider(lambda t: losses.mmd(t, y, kernel)),
     }
-    if not options.no_compile and not options.quick:
+    if formulas:
+        providers[names[other]] = provider(lambda t: plain(other, kernel, t, y))
+        providers["eager, pooled"] = provider(lambda t: pooled(kernel, t, y))
+    if mode == "backward":
+        providers["ddfast, without autograd"] = lambda: losses.mmd_and_gradient(
+            x.detach(), y, kernel
+        )
+    if sizing.compiles(options, mode):
         fast = compiled(lambda a, b: plain(best, kernel, a, b))
-        providers["torch.compile"] = lambda: with_gradient(lambda t: fast(t, y), x)
+        providers["torch.compile"] = provider(lambda t: fast(t, y))
     # On a CPU KeOps takes a minute where the rest takes a second.
     if has_keops() and (options.device == "cuda" or n * m * d <= 1000 * 1000 * 128):
-        providers["KeOps"] = lambda: with_gradient(lambda t: keops(kernel, t, y), x)
+        providers["KeOps"] = provider(lambda t: keops(kernel, t, y))
 
-    def exact() -> tuple[Tensor, Tensor]:
-        wide = x.detach().double().requires_grad_()
+    def exact() -> list[Tensor]:
+        wide = y.double()
         with ddfast.use_backend("reference"):
-            return with_gradient(lambda t: losses.mmd(t, y.double(), kernel), wide)
+            return sizing.work(lambda t: losses.mmd(t, wide, kernel), [x.detach().double()], mode)()
 
     batch = "" if classes is None else f"C={classes}, "
     return Case(
         operator="mmd",
         name=f"{kernel}, {batch}n={n}, m={m}, d={d}",
-        mode="value and gradient",
+        mode=mode,
         exact=exact,
         providers=providers,
-        bytes=4 * (2 * x.numel() + y.numel()),
+        # Both sets read, the gradient by the first written.
+        bytes=4 * ((2 if mode == "backward" else 1) * x.numel() + y.numel()),
         tolerance=1e-2 if kernel == "energy" else 1e-3,
-        rounds=15 if n * m * d * (classes or 1) < 3e8 else 5,
+        rounds=sizing.rounds(options, 15 if n * m * d * (classes or 1) < 3e8 else 5),
         device=options.device,
-        flops=8 * n * m * d * (classes or 1),
+        flops=(8 if mode == "backward" else 6) * n * m * d * (classes or 1),
     )
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
-    yield case(options, "gaussian", 64, 64, 2048, classes=10)
-    yield case(options, "gaussian", 1000, 1000, 128)
-    yield case(options, "energy", 1000, 1000, 128)
-    if options.quick:
-        return
-    yield case(options, "gaussian", 1000, 1000, 2048)
-    yield case(options, "energy", 1000, 1000, 2048)
-    yield case(options, "gaussian", 4000, 4000, 128)
-    yield case(options, "energy", 4000, 4000, 128)
-    yield case(options, "gaussian", 4000, 4000, 2048)
+    shapes = [
+        ("gaussian", 64, 64, 2048, 10),
+        ("gaussian", 1000, 1000, 128, None),
+        ("energy", 1000, 1000, 128, None),
+        ("gaussian", 1000, 1000, 2048, None),
+        ("energy", 1000, 1000, 2048, None),
+        ("gaussian", 4000, 4000, 128, None),
+        ("energy", 4000, 4000, 128, None),
+        ("gaussian", 4000, 4000, 2048, None),
+    ]
+    for shape in shapes[: 3 if options.quick else None]:
+        made = case(options, *shape)
+        yield dataclasses.replace(made, mode="value and gradient")
+
+
+def sized(size: Size, options: argparse.Namespace) -> Iterator[Case]:
+    # M3D's: of each class the decoded images, four of each, beside as many real ones, at most.
+    syn, d = 4 * size.ipc, size.width * sizing.feature_side(size) ** 2
+    wanted, rows = dataclasses.replace(size, batch_real=syn), 2 * syn
+    few, note = sizing.share(
+        wanted,
+        options,
+        memory=4 * (3 * rows * d + 8 * rows**2),
+        operations=4 * rows**2 * d,
+        moved=4 * (6 * rows * d + 30 * rows**2),
+    )
+    for kernel in ("gaussian", "energy"):
+        for mode in sizing.wanted(options, "forward", "backward"):
+            shape = (few.batch_real, few.batch_real, d, few.classes)
+            made = case(options, kernel, *shape, mode=mode, formulas=False)
+            yield dataclasses.replace(made, size=sizing.label(size, note))
 
 
 def peak(device: str) -> int:
@@ -209,14 +242,14 @@ def memory(device: str, rows: int, out: Path | None) -> None:
     """Print and write the peak of each provider, each measured in a process of its own."""
     found = {}
     for provider in ("ddfast", "eager"):
-        call = f"bench_mmd.memory_of({provider!r}, {device!r}, {rows})"
-        code = f"import bench_mmd, json; print(json.dumps({call}))"
+        call = f"memory_of({provider!r}, {device!r}, {rows})"
+        code = "import json; from ddfast.benchmarks.bench_mmd import memory_of; "
+        code += f"print(json.dumps({call}))"
         done = subprocess.run(
             [sys.executable, "-c", code],
             capture_output=True,
             text=True,
             env=os.environ | {"OMP_NUM_THREADS": "1"},
-            cwd=Path(__file__).parent,
         )
         if done.returncode != 0:
             print(f"{provider}: failed: {done.stderr[-300:]}")

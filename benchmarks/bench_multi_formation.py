@@ -8,17 +8,16 @@ The baseline is what the official script does: pad, cut, concatenate, interpolat
 from __future__ import annotations
 
 import argparse
-import sys
+import dataclasses
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).parent))
-from harness import Case, compiled, run
-
+from ddfast.bench import Case, compiled, run
+from ddfast.bench.sizes import Size
+from ddfast.benchmarks import sizing
 from ddfast.ops.multi_formation import multi_formation
 from ddfast.reference import multi_formation as reference
 
@@ -41,52 +40,50 @@ def ours(x: Tensor, factor: int) -> Tensor:
     return result
 
 
-def case(shape: tuple[int, ...], factor: int, gradient: bool, options: argparse.Namespace) -> Case:
+def case(shape: tuple[int, ...], factor: int, mode: str, options: argparse.Namespace) -> Case:
     generator = torch.Generator().manual_seed(0)
     x = torch.rand(shape, generator=generator).to(options.device)
-    larger = (shape[0] * factor**2, *shape[1:])
-    cotangent = torch.rand(larger, generator=generator).to(options.device)
-    leaf = x.clone().requires_grad_()
 
-    def provider(decode: Callable[[Tensor, int], Tensor]) -> Callable[[], object]:
-        if not gradient:
-            return lambda: decode(x, factor)
-
-        def both() -> tuple[Tensor, Tensor]:
-            out = decode(leaf, factor)
-            return out, torch.autograd.grad(out, leaf, cotangent)[0]
-
-        return both
-
-    def exact() -> object:
-        forth = reference.multi_formation(x.double(), factor)
-        if not gradient:
-            return forth
-        return forth, reference.multi_formation_adjoint(cotangent.double(), factor)
+    def provider(decode: Callable[[Tensor, int], Tensor], x: Tensor = x) -> Callable[[], object]:
+        # Linear in the images: the second derivative is by the cotangent of the result.
+        return sizing.work(lambda t: decode(t, factor), [x], mode, linear=True)
 
     providers = {"eager": provider(official), "ddfast": provider(ours)}
-    if not options.no_compile and not options.quick:
+    if sizing.compiles(options, mode):
         providers["torch.compile"] = provider(compiled(official))
-    moved = x.nbytes + cotangent.nbytes
+    moved = x.nbytes * (1 + factor**2)  # the images and what they decode to, each way
     return Case(
         operator="multi_formation",
         name=f"{'x'.join(map(str, shape))}, factor {factor}",
-        mode="forward and backward" if gradient else "forward",
-        exact=exact,
+        mode=mode,
+        exact=provider(reference.multi_formation, x.double()),
         providers=providers,
-        bytes=moved * (2 if gradient else 1),
-        rounds=9 if moved > 1e8 else 51,
+        bytes=moved * {"forward": 1, "backward": 2, "double": 3}[mode],
+        rounds=sizing.rounds(options, 9 if moved > 2e7 else 51),
         device=options.device,
     )
 
 
 def cases(options: argparse.Namespace) -> Iterator[Case]:
-    for gradient in (False, True):
-        yield case((100, 3, 32, 32), 2, gradient, options)  # 10 classes, 10 images each
-        yield case((10, 3, 32, 32), 2, gradient, options)
-        yield case((100, 1, 28, 28), 2, gradient, options)
-        if not options.quick:
-            yield case((20, 3, 224, 224), 3, gradient, options)
+    for mode, title in (("forward", "forward"), ("backward", "forward and backward")):
+        shapes = [
+            ((100, 3, 32, 32), 2),  # 10 classes, 10 images each
+            ((10, 3, 32, 32), 2),
+            ((100, 1, 28, 28), 2),
+            ((20, 3, 224, 224), 3),
+        ]
+        for shape in shapes[: 3 if options.quick else None]:
+            yield dataclasses.replace(case(*shape, mode, options), mode=title)
+
+
+def sized(size: Size, options: argparse.Namespace) -> Iterator[Case]:
+    factor = 2  # IDC's; 3 for images beyond 128 pixels
+    each = 4 * size.ipc * size.channels * size.side**2 * (1 + factor**2)
+    few, note = sizing.share(sizing.classes_only(size), options, memory=3 * each, moved=15 * each)
+    shape = (few.classes * size.ipc, size.channels, size.side, size.side)
+    for mode in sizing.wanted(options, *sizing.ORDERS):
+        made = case(shape, factor, mode, options)
+        yield dataclasses.replace(made, size=sizing.label(size, note))
 
 
 if __name__ == "__main__":

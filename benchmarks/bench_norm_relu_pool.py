@@ -3,24 +3,25 @@
     python benchmarks/bench_norm_relu_pool.py --out benchmarks/results/norm_relu_pool.csv
 
 The baseline is torch's group_norm, relu and avg_pool2d one after the other. The derivatives along a
-tangent are what a second derivative needs; torch's are measured by differentiating twice.
+tangent are what a second derivative needs; torch's are measured by differentiating twice. At a
+named size, where second derivatives are autograd's for both, `norm_relu_pool_means` (CAFE's, with
+each class's mean of the activation) and `first_block` take part.
 """
 
 from __future__ import annotations
 
 import argparse
-import sys
+import dataclasses
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-sys.path.insert(0, str(Path(__file__).parent))
-from harness import Case, compiled, run
-
-from ddfast.layers import norm_relu_pool
+from ddfast.bench import Case, compiled, run
+from ddfast.bench.sizes import Size
+from ddfast.benchmarks import bench_first_block, sizing
+from ddfast.layers import norm_relu_pool, norm_relu_pool_means
 from ddfast.ops import norm_relu_pool as ops
 from ddfast.reference import norm_relu_pool as reference
 
@@ -157,6 +158,81 @@ def of(data: Data, name: str, options: argparse.Namespace) -> Iterator[Case]:
         rounds=rounds,
         **common,
     )
+
+
+def means_in_steps(
+    x: Tensor, weight: Tensor, bias: Tensor, counts: list[int]
+) -> tuple[Tensor, ...]:
+    """The block, and the mean activation of each class before pooling."""
+    a = F.relu(F.group_norm(x, x.shape[1], weight, bias))
+    return F.avg_pool2d(a, 2), torch.stack([part.mean(0) for part in a.split(counts)])
+
+
+def of_order(
+    operator: str,
+    title: str,
+    plain: Callable[..., sizing.Result],
+    ours: Callable[..., sizing.Result],
+    data: Data,
+    mode: str,
+    options: argparse.Namespace,
+) -> Case:
+    """One of the two operators up to its second derivative, by images, weight and bias."""
+    given = [data.x, data.weight, data.bias]
+    providers = {
+        "eager": sizing.work(plain, given, mode),
+        "ddfast": sizing.work(ours, given, mode),
+    }
+    if sizing.compiles(options, mode):
+        providers["torch.compile"] = sizing.work(compiled(plain), given, mode)
+    return Case(
+        operator=operator,
+        name=title,
+        mode=mode,
+        exact=lambda: sizing.work(plain, [t.double() for t in given], mode)(),
+        providers=providers,
+        # x read and a quarter written; for the gradient x and a quarter read and x written; for
+        # its derivative two of x more are read and one is written, and a quarter is read.
+        bytes=int({"forward": 1.25, "backward": 3.5, "double": 6.75}[mode] * data.bytes),
+        tolerance=1e-3 if mode == "double" else 1e-4,
+        rounds=sizing.rounds(options, 9 if data.bytes > 3e6 else 31),
+        device=options.device,
+    )
+
+
+def sized(size: Size, options: argparse.Namespace) -> Iterator[Case]:
+    image = 4 * size.width * size.side**2
+    few, note = sizing.share(
+        sizing.batch_only(size),
+        options,
+        memory=20 * image * size.batch_real,
+        moved=60 * image * size.batch_real,
+        seconds=3,
+    )
+    shape = (few.batch_real, size.width, size.side, size.side)
+    data, label = Data(shape, "channels_last", options.device), sizing.label(size, note)
+    counts = [few.batch_real // 2, few.batch_real - few.batch_real // 2]
+    counts = [count for count in counts if count]
+
+    def ours_with_means(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        return norm_relu_pool_means(x, counts, weight, bias, x.shape[1])
+
+    title = "x".join(map(str, shape))
+    for mode in sizing.wanted(options, *sizing.ORDERS):
+        made = of_order("norm_relu_pool", title, in_steps, fused, data, mode, options)
+        yield dataclasses.replace(made, size=label)
+    for mode in sizing.wanted(options, *sizing.ORDERS):
+        made = of_order(
+            "norm_relu_pool_means",
+            f"{title}, C={len(counts)}",
+            lambda *given: means_in_steps(*given, counts),
+            ours_with_means,
+            data,
+            mode,
+            options,
+        )
+        yield dataclasses.replace(made, size=label)
+    yield from bench_first_block.sized(size, options)
 
 
 if __name__ == "__main__":

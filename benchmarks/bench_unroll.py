@@ -27,11 +27,9 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from harness import Case, commit, device_name
-from matching_task import judged, run_tuned
-from unroll_task import PROVIDERS, Result, Student, ddfast
-
+from ddfast.bench import Case, commit, device_name, run
+from ddfast.benchmarks.matching_task import judged
+from ddfast.benchmarks.unroll_task import PROVIDERS, Result, Student, ddfast
 from ddfast.memory import peak_resident
 from ddfast.unroll import estimate_memory
 
@@ -132,4 +130,4 @@ if __name__ == "__main__":
     if "--memory" in sys.argv:
         memory(sys.argv[1:])
     else:
-        run_tuned(cases, __doc__ or "")
+        run(cases, __doc__ or "")

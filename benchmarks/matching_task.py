@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import functools
-import os
-import sys
-from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-sys.path.insert(0, str(Path(__file__).parent))
-from bench_gradient_distance import eager as distance_of_class
-from harness import Case, run
-
 from ddfast import engine, losses, nets
 from ddfast.augment import DSA
+from ddfast.benchmarks.bench_gradient_distance import eager as distance_of_class
 
-THRESHOLDS = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "8589934592"}
 STRATEGY = "color_crop_cutout_flip_scale_rotate"
 
 SIZES = {  # image side, network, real images per class
@@ -135,18 +126,3 @@ def judged(result: object, exact: object) -> float:
     if float((error > 0.05).double().mean()) > 0.2:
         return 1.0
     return max(worst, float(error.median()))
-
-
-def run_tuned(cases: Callable[[argparse.Namespace], Iterator[Case]], description: str) -> None:
-    """`harness.run`; with --tuned_allocator once more from the start, with glibc's malloc tuned."""
-    if "--tuned_allocator" in sys.argv:
-        rest = [a for a in sys.argv if a != "--tuned_allocator"]
-        os.execve(sys.executable, [sys.executable, *rest], os.environ | THRESHOLDS)
-    tuned = "; allocator tuned" if THRESHOLDS.items() <= os.environ.items() else ""
-
-    def labelled(options: argparse.Namespace) -> Iterator[Case]:
-        for case in cases(options):
-            case.mode += tuned
-            yield case
-
-    run(labelled, description)

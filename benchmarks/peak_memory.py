@@ -20,11 +20,9 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))
-from harness import commit, device_name
-from matching_task import Task
-
 from ddfast import engine
+from ddfast.bench import commit, device_name
+from ddfast.benchmarks.matching_task import Task
 from ddfast.memory import peak_resident
 
 

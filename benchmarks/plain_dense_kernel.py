@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from plain_conv_kernel import BIAS_VAR, WEIGHT_VAR, import_stax
 from torch import Tensor
+
+from ddfast.benchmarks.plain_conv_kernel import BIAS_VAR, WEIGHT_VAR, import_stax
 
 
 def matrix(x: Tensor, y: Tensor, depth: int) -> Tensor:

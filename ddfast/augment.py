@@ -18,11 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddfast.losses.dtypes import FLOATS
 from ddfast.ops.augment import augment
 from ddfast.ops.registry import refuse_transforms
 from ddfast.reference.augment import OPERATIONS
-
-FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 __all__ = ["DSA", "OPERATIONS", "apply"]
 
@@ -231,7 +230,8 @@ def apply(
 
     Args:
         x: (N, channels, height, width); float32, float64, bfloat16 or float16.
-        draw: (passes, rows, 4) from `DSA.draw`; rows: 1 for all images, or N, or see counts.
+        draw: float64 (passes, rows, 4) from `DSA.draw`; rows: 1 for all images, or N, or see
+            counts.
         counts: row i serves the next counts[i] images, the classes of a batch, say.
         align_corners: as in `DSA`.
 

@@ -1,5 +1,4 @@
-"""The command `ddfast`: distill, evaluate, show, methods, generator,
-experts.
+"""The command `ddfast`: distill, evaluate, show, methods, generator, experts, bench.
 
 Of ddfast itself nothing is imported before it is known which command it is.
 """
@@ -34,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0: done; 1: something came to values that are not finite, or an error of ours; 2: something
     about the command, in one line on stderr; 130: interrupted, and saved.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
+    words, plugins = _without_plugins(sys.argv[1:] if arguments is None else arguments)
     name = words[0] if words else "--help"
     if name in ("-h", "--help"):
         print(_overview())
@@ -47,8 +46,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         with warnings.catch_warnings():
             warnings.showwarning = _show_warning
-            _named(name)(words[1:])
-        return 0
+            command = _named(name)
+            if plugins:
+                from ddfast.methods import plug_in
+
+                for plugin in plugins:
+                    plug_in(plugin)
+            return command(words[1:]) or 0
     except KeyboardInterrupt:
         return 130
     except Exception as error:
@@ -62,7 +66,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2 if isinstance(error, USER_ERRORS) else 1
 
 
-def _named(name: str) -> Callable[[list[str]], None]:
+def _without_plugins(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The words without `--plugin FILE`, which any command takes, and those files."""
+    rest, plugins, remaining = list[str](), list[str](), iter(words)
+    for word in remaining:
+        if word.startswith("--plugin="):
+            plugins.append(word.removeprefix("--plugin="))
+        elif word == "--plugin":
+            plugins.append(next(remaining, ""))
+        else:
+            rest.append(word)
+    return rest, plugins
+
+
+def _named(name: str) -> Callable[[list[str]], int | None]:
     if name not in COMMANDS:
         near = difflib.get_close_matches(name, COMMANDS, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
@@ -84,6 +101,7 @@ def _overview() -> str:
             "  ddfast evaluate runs/dm-digits --model ConvNet,MLP",
             "",
             "`ddfast COMMAND --help` explains a command, `ddfast distill METHOD --help` a method.",
+            "`--plugin FILE.py` with any command adds your methods (docs/your-own-method.md).",
             f"{TRACEBACK}=1 in the environment adds a traceback to an error.",
         ]
     )
@@ -194,8 +212,16 @@ def _evaluate(words: list[str]) -> None:
         data_options = artefact.config.get("data_options")
     dataset = data.load(name, options.data_path or _data_path(place), **plain(data_options))
     known = methods()
-    protocol = known[artefact.method].protocol if artefact.method in known else "dm"
-    protocol = options.protocol or protocol
+    protocol = options.protocol
+    if protocol is None and artefact.method in known:
+        protocol = known[artefact.method].protocol
+    elif protocol is None:
+        protocol = "dm"
+        warnings.warn(
+            f"method {artefact.method!r} is not known here (--plugin FILE.py brings it), so the "
+            "protocol is dm",
+            stacklevel=1,
+        )
     own = artefact.config.get("kernel" if protocol == "krr" else "model", "ConvNet")
     out = options.out or (str(place) if place.is_dir() else None)
     report = evaluate(
@@ -311,7 +337,8 @@ def _methods(words: list[str]) -> None:
         for row in figures(method.name):
             print(
                 f"{'':{width}}{row['dataset']}, ipc {row['ipc']}: {row['distilled']} % "
-                f"(random selection {row['random']}, full data {row['full']}; "
+                f"(protocol {row['protocol']}; random selection {row['random']}, "
+                f"full data {row['full']}; "
                 f"{row['iterations']} iterations, {row['seconds']} s on one core)"
             )
 
@@ -336,11 +363,22 @@ def _experts(words: list[str]) -> None:
     run(words, first_line(_experts))
 
 
-COMMANDS: dict[str, Callable[[list[str]], None]] = {
+# --- bench --------------------------------------------------------------------------------------
+
+
+def _bench(words: list[str]) -> int:
+    """Measure operators and methods against plain PyTorch, verified before they are timed."""
+    from ddfast.bench.command import run
+
+    return run(words, first_line(_bench))
+
+
+COMMANDS: dict[str, Callable[[list[str]], int | None]] = {
     "distill": _distill,
     "evaluate": _evaluate,
     "show": _show,
     "methods": _methods,
     "generator": _generator,
     "experts": _experts,
+    "bench": _bench,
 }

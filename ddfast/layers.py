@@ -38,7 +38,7 @@ def norm_relu_pool(
     Args:
         x: (N, channels, H, W), float32, float64, bfloat16 or float16. The result comes in
             channels_last if x does, and contiguous otherwise; channels_last is the fastest.
-        weight, bias: (channels) or None for ones and zeros.
+        weight, bias: (channels,), of any of those dtypes; None for ones and zeros.
         groups: of channels that are normalised together, (N, groups) means in all; `channels` is
             instance norm (Ulyanov et al. 2016), 0 no normalisation.
         eps: added to the variance.
@@ -80,9 +80,9 @@ def norm_relu_pool_means(
     each class. First and second derivatives; a third raises NotImplementedError.
 
     Args:
-        x: (N, channels, H, W), class after class.
+        x: (N, channels, H, W), class after class; dtypes and layout as for `norm_relu_pool`.
         counts: images of each class, N together.
-        others: as of `norm_relu_pool`.
+        weight, bias, groups, eps, activation, pool: as for `norm_relu_pool`.
 
     Returns:
         (N, channels, H // 2, W // 2) in x's dtype; means, (classes, channels, H, W), in float64

@@ -44,7 +44,12 @@ def parse_memory(budget: int | str) -> int:
 
 
 def activation_bytes(net: nn.Module, image: tuple[int, int, int]) -> int:
-    """Bytes of all layers' outputs, one copy each, for one image of shape (channels, H, W)."""
+    """Bytes of all layers' outputs, one copy each, for one image.
+
+    Args:
+        net: any network; what runs is a copy on the meta device.
+        image: (channels, H, W).
+    """
     total = 0
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -93,7 +98,7 @@ def peak_resident() -> int:
 
 
 def in_words(size: float) -> str:
-    """Bytes as "1.2 GiB"."""
+    """So many bytes as "1.2 GiB": `size` with one decimal from GiB on, and none below."""
     for unit in ("B", "KiB", "MiB"):
         if size < 1024:
             return f"{size:.0f} {unit}"

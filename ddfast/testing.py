@@ -30,14 +30,25 @@ SHARED_MEMORY = {75: 64 << 10, 80: 163 << 10, 90: 227 << 10, 100: 227 << 10}
 
 
 def flatten(tensors: Tensors) -> list[Tensor]:
-    """All tensors in a nested sequence."""
+    """All of `tensors`, a tensor or a nested sequence of them, in order."""
     if isinstance(tensors, Tensor):
         return [tensors]
     return [leaf for part in tensors for leaf in flatten(part)]
 
 
 def error(result: Tensor, exact: Tensor) -> float:
-    """Largest absolute error against a float64 result; NaN and inf must agree in place and kind."""
+    """Largest absolute error against a float64 result; NaN and inf must agree in place and kind.
+
+    Args:
+        result: of any dtype and device.
+        exact: of the same shape.
+
+    Returns:
+        0 for empty tensors; NaN or inf where values that are not finite differ.
+
+    Raises:
+        AssertionError: shapes that differ.
+    """
     a, b = result.detach().to("cpu", torch.float64), exact.detach().to("cpu", torch.float64)
     if a.shape != b.shape:
         raise AssertionError(f"shape {tuple(a.shape)}, expected {tuple(b.shape)}")
@@ -71,7 +82,11 @@ def assert_within_budget(
 
 
 def assert_same_bits(a: Tensors, b: Tensors) -> None:
-    """Assert equal dtypes, shapes and bits, NaN payloads and signs of zero included."""
+    """Assert that `a` and `b` have equal dtypes, shapes and bits, NaN payloads and signs included.
+
+    Raises:
+        AssertionError: naming the first tensor that differs.
+    """
     for i, (x, y) in enumerate(zip(flatten(a), flatten(b), strict=True)):
         if x.dtype != y.dtype or x.shape != y.shape:
             raise AssertionError(f"result {i}: {x.dtype} {x.shape} and {y.dtype} {y.shape}")
@@ -83,7 +98,7 @@ def assert_same_bits(a: Tensors, b: Tensors) -> None:
 def assert_same_bits_for_any_threads(
     f: Callable[[], Tensors], threads: Sequence[int] = (1, 2, 3, 7)
 ) -> None:
-    """Assert that f() gives the same bits for each number of threads, and when called again."""
+    """Assert that `f()` gives the same bits for each number of `threads`, and when called again."""
     before = torch.get_num_threads()
     try:
         results = []
@@ -97,7 +112,13 @@ def assert_same_bits_for_any_threads(
 
 
 def check_derivatives(f: Callable[..., Tensors], inputs: Sequence[Tensor], order: int = 2) -> None:
-    """gradcheck, and for order 2 gradgradcheck, which draws its cotangents: from a forked state."""
+    """gradcheck, and for order 2 gradgradcheck, which draws its cotangents: from a forked state.
+
+    Args:
+        f: takes the inputs and returns one tensor or several.
+        inputs: float64 tensors, of which those that require gradients are checked.
+        order: 1 or 2.
+    """
     with torch.random.fork_rng(devices=[]):
         assert torch.autograd.gradcheck(f, inputs)
         if order == 2:
@@ -106,7 +127,7 @@ def check_derivatives(f: Callable[..., Tensors], inputs: Sequence[Tensor], order
 
 @contextlib.contextmanager
 def unchanged(*tensors: Tensors) -> Iterator[None]:
-    """Assert that the block writes to none of the tensors, by version counter and bits."""
+    """Assert that the block writes to none of the `tensors`, by version counter and bits."""
     watched = flatten(tensors)
     before = [(t._version, t.detach().clone()) for t in watched]
     yield
@@ -126,7 +147,11 @@ def levels() -> list[str]:
 
 @contextlib.contextmanager
 def at_level(name: str) -> Iterator[None]:
-    """Run the block on one instruction-set level of the compiled kernels."""
+    """Run the block on one instruction-set level of the compiled kernels.
+
+    Args:
+        name: one of `levels()`.
+    """
     before = backend.compiled.level()
     backend.compiled.set_level(name)
     try:
@@ -136,7 +161,12 @@ def at_level(name: str) -> Iterator[None]:
 
 
 def poisoned(shape: Sequence[int], dtype: torch.dtype, device: str, margin: int = 64) -> Tensor:
-    """A contiguous random tensor with NaN right before and behind it, to catch stray reads."""
+    """A contiguous random tensor with NaN right before and behind it, to catch stray reads.
+
+    Args:
+        shape, dtype, device: of the tensor.
+        margin: elements of NaN on either side.
+    """
     count = int(torch.Size(shape).numel())
     flat = torch.full((count + 2 * margin,), float("nan"), dtype=dtype, device=device)
     inner = flat[margin : margin + count].view(*shape)
@@ -149,7 +179,12 @@ def poisoned(shape: Sequence[int], dtype: torch.dtype, device: str, margin: int 
 
 
 def spilled_bytes(ptx: str, capability: int) -> int:
-    """Bytes that a kernel spills to memory, stores and loads together, by Triton's own ptxas."""
+    """Bytes that a kernel spills to memory, stores and loads together, by Triton's own ptxas.
+
+    Args:
+        ptx: the kernel's text.
+        capability: of the GPU, such as 90.
+    """
     import triton
 
     name = "ptxas-blackwell" if capability >= 100 else "ptxas"
@@ -164,13 +199,17 @@ def spilled_bytes(ptx: str, capability: int) -> int:
 
 
 def loaded_bytes(ptx: str) -> int:
-    """Bytes that a thread loads from global memory, every instruction counted once."""
+    """Bytes that a thread loads from global memory, every instruction of `ptx` counted once."""
     loads = re.findall(r"\bld\.global[.\w:]*?(?:\.v(\d))?\.[busf](\d+)\b", ptx)
     return sum(int(many or 1) * int(bits) // 8 for many, bits in loads)
 
 
 def compile_ahead_of_time(operator: str, capability: int) -> list[dict[str, Any]]:
     """Compile `ddfast.kernels.<operator>.ahead_of_time()` in a process of its own.
+
+    Args:
+        operator: name of the module.
+        capability: of the GPU, one of `SHARED_MEMORY`.
 
     Returns:
         Per kernel: name, constants, shared and spilled (bytes), loaded (bytes of a thread that the

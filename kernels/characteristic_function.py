@@ -2,9 +2,9 @@
 
 A program computes the products <t, x> of a tile of frequencies with a chunk of one class's rows,
 tile by tile, and adds up their cosines and sines; the chunks are added afterwards in a fixed order.
-No atomics: the same bits in every run. Frequencies are loaded, or drawn where they are needed as
-ddfast/reference/frequencies.py says. The backward turns products, kept or computed again by blocks
-of frequencies, into weights; the products of these with given matrices are the vendor's library's.
+No atomics: the same bits in every run. Frequencies are loaded, or drawn where they are needed, see
+kernels/frequencies.py. The backward turns products, kept or computed again by blocks of
+frequencies, into weights; the products of these with given matrices are the vendor's library's.
 float64 is left to the reference.
 """
 
@@ -15,9 +15,10 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from ddfast.kernels.class_weight_grad import tensor_float_allowed
 from torch import Tensor
 
+from ddfast.kernels.class_weight_grad import tensor_float_allowed
+from ddfast.kernels.frequencies import drawn
 from ddfast.layout import readable
 from ddfast.reference import characteristic_function as reference
 from ddfast.reference.characteristic_function import wide_dtype
@@ -35,67 +36,6 @@ HALVES = (torch.float16, torch.bfloat16)
 def chunk_size(rows: int) -> int:
     """Rows that one program adds up: tiles of a number that depends on nothing else."""
     return ROWS * max(1, -(-rows // (ROWS * MAX_CHUNKS)))
-
-
-@triton.jit
-def _logarithm(x):
-    """ln x of float32 in (0, 1), to a few units in the last place near 1 too."""
-    bits = x.to(tl.int32, bitcast=True)
-    exponent = (bits - 0x3F3504F3) >> 23
-    f = (bits - (exponent << 23)).to(tl.float32, bitcast=True) - 1.0
-    p = -0.07859583 * f + 0.12881632
-    p = p * f - 0.13128757
-    p = p * f + 0.14181194
-    p = p * f - 0.16624554
-    p = p * f + 0.20002286
-    p = p * f - 0.2500081
-    p = p * f + 0.33333316
-    e = exponent.to(tl.float32)
-    return e * 0.693145751953 + (f + (f * f * (f * p - 0.5) + e * 1.42860682e-6))
-
-
-@triton.jit
-def _normal_pair(first, second, scale):
-    """Two normal values from two random words."""
-    u = ((first >> 9).to(tl.int32).to(tl.float32) + 0.5) * (1.0 / 8388608)
-    radius = scale * tl.sqrt_rn(-2.0 * _logarithm(u))
-    # Quarter turns and what is left of one, both exact; the angle left is at most pi/4.
-    quarters = ((second >> 9).to(tl.int32).to(tl.float32) + 0.5) * (4.0 / 8388608)
-    turns = tl.floor(quarters + 0.5)
-    r = (quarters - turns) * 1.57079633
-    z = r * r
-    sine = r + r * z * ((-1.9510838e-4 * z + 8.332131e-3) * z - 0.16666654)
-    cosine = z * z * ((2.4431203e-5 * z - 1.3887306e-3) * z + 0.041666646) + (1.0 - 0.5 * z)
-    quarter = turns.to(tl.int32)
-    odd = (quarter & 1) == 1
-    c = tl.where(odd, sine, cosine)
-    s = tl.where(odd, cosine, sine)
-    c = tl.where(((quarter + 1) & 2) == 2, -c, c)
-    s = tl.where((quarter & 2) == 2, -s, s)
-    return radius * c, radius * s
-
-
-@triton.jit
-def drawn_words(m, feature, seed, stream, FREQUENCIES: tl.constexpr):
-    """Random words of 64 features from `feature` on, each (FREQUENCIES, 16)."""
-    block = (feature // 4 + tl.arange(0, 16)).to(tl.int32)
-    zero = tl.zeros([FREQUENCIES, 16], tl.int32)
-    return tl.philox(
-        seed,
-        (block[None, :] + zero).to(tl.uint32, bitcast=True),
-        (m.to(tl.int32)[:, None] + zero).to(tl.uint32, bitcast=True),
-        (stream.to(tl.int32) + zero).to(tl.uint32, bitcast=True),
-        zero.to(tl.uint32, bitcast=True),
-    )
-
-
-@triton.jit
-def _drawn(m, feature, seed, stream, scale, FREQUENCIES: tl.constexpr):
-    """Frequencies m, 64 features from `feature` on in four pieces of 16."""
-    a, b, c, d = drawn_words(m, feature, seed, stream, FREQUENCIES)
-    a, b = _normal_pair(a, b, scale)
-    c, d = _normal_pair(c, d, scale)
-    return a, b, c, d
 
 
 @triton.jit
@@ -151,7 +91,7 @@ def wave_kernel(
         if DRAWN:
             for j in range(0, width, 64):
                 # Of features beyond the width, those of x are 0.
-                words = _drawn(first + m, j, seed, stream + c, scale, FREQUENCIES)
+                words = drawn(first + m, j, seed, stream + c, scale, FREQUENCIES)
                 for w in tl.static_range(4):
                     b = _features(x, r, end, x_row, j + 16 * w, width, 16).to(tl.float32)
                     total = tl.dot(words[w], b, total, input_precision=PRECISION)
@@ -227,7 +167,7 @@ def drawn_product_kernel(
         inside = (r < rows)[:, None] & (m < count)[None, :]
         at = (c * rows + r)[:, None] * count + m[None, :]
         w = tl.load(weights + at, mask=inside, other=0.0)
-        a, b, u, v = _drawn(first + m, column, seed, stream + c, scale, FREQUENCIES)
+        a, b, u, v = drawn(first + m, column, seed, stream + c, scale, FREQUENCIES)
         total = tl.dot(w, a, total, input_precision=PRECISION)
         total_b = tl.dot(w, b, total_b, input_precision=PRECISION)
         total_c = tl.dot(w, u, total_c, input_precision=PRECISION)
@@ -414,9 +354,9 @@ def ahead_of_time() -> list[tuple[Any, ...]]:
     types |= dict.fromkeys(("partial", "phase", "grad", "out", "weights"), "*fp32")
     tile: dict[str, Any] = {"FREQUENCIES": FREQUENCIES, "ROWS": ROWS}
     for dtype, precision in (("fp32", "ieee"), ("fp32", "tf32"), ("bf16", "ieee")):
-        for drawn in (False, True):
-            operand = tl.bfloat16 if dtype == "bf16" and not drawn else tl.float32
-            constants = tile | {"DRAWN": drawn, "KEEP": drawn == (dtype == "bf16")}
+        for own in (False, True):  # frequencies
+            operand = tl.bfloat16 if dtype == "bf16" and not own else tl.float32
+            constants = tile | {"DRAWN": own, "KEEP": own == (dtype == "bf16")}
             constants |= {"OPERAND": operand, "PRECISION": precision}
             constants["DEPTH"] = _depth(operand, precision)
             given = types | {"x": f"*{dtype}", "t": f"*{dtype}"}

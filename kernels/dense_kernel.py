@@ -18,10 +18,10 @@ import math
 import torch
 import triton
 import triton.language as tl
-from ddfast.kernels.arc_cosine import order0_of, order1_of, part_of, slopes_of
-from ddfast.kernels.dense_kernel_parts import covariances, equal_rows, pair, variances_of
 from torch import Tensor
 
+from ddfast.kernels.arc_cosine import order0_of, order1_of, part_of, slopes_of
+from ddfast.kernels.dense_kernel_parts import covariances, equal_rows, pair, variances_of
 from ddfast.layout import readable
 from ddfast.reference.dense_kernel import common_dtype, variances
 

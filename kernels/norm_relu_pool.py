@@ -20,10 +20,10 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
-from ddfast.kernels.norm_relu_pool_backward import backward_kernel, forward_kernel
-from ddfast.kernels.norm_relu_pool_tangent import tangent_backward_kernel, tangent_kernel
 from torch import Tensor
 
+from ddfast.kernels.norm_relu_pool_backward import backward_kernel, forward_kernel
+from ddfast.kernels.norm_relu_pool_tangent import tangent_backward_kernel, tangent_kernel
 from ddfast.reference.gradient_distance import accumulator
 from ddfast.reference.norm_relu_pool import memory_format
 

@@ -13,10 +13,10 @@ import itertools
 import torch
 import triton
 import triton.language as tl
-from ddfast.kernels.norm_relu_pool import _readable, norm_relu_pool
-from ddfast.kernels.norm_relu_pool_parts import _activation
 from torch import Tensor
 
+from ddfast.kernels.norm_relu_pool import _readable, norm_relu_pool
+from ddfast.kernels.norm_relu_pool_parts import _activation
 from ddfast.reference.gradient_distance import accumulator
 from ddfast.reference.norm_relu_pool import memory_format
 

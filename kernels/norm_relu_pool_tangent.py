@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
+
 from ddfast.kernels.norm_relu_pool_parts import (
     _activation,
     _at,

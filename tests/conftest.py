@@ -15,6 +15,7 @@ if not HAS_GPU:
 import hypothesis  # noqa: E402
 import pytest  # noqa: E402
 
+from ddfast import methods  # noqa: E402
 from ddfast.data import Dataset  # noqa: E402
 
 # The same examples in every run: a failure must not depend on luck or on the clock.
@@ -65,6 +66,14 @@ def threads_are_restored():
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def registered_methods_are_forgotten():
+    before = dict(methods._registered)
+    yield
+    methods._registered.clear()
+    methods._registered.update(before)
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ import torch
 from safetensors.torch import save as serialise
 from safetensors.torch import save_file
 
-from ddfast import artefact as module
 from ddfast.artefact import Artefact, load, save
+from ddfast.artefact import file as module
 from ddfast.data import denormalise, normalise
 
 MEAN, STD = (0.1, 0.5), (0.3, 0.25)

@@ -1,18 +1,28 @@
-"""The protocols of FRePo and RFAD: their presets, and trainings against literal loops."""
+"""The protocols of FRePo, RFAD and KIP: their presets, and trainings against literal loops."""
 
 from __future__ import annotations
 
 import copy
+import dataclasses
 import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ddfast import nets
 from ddfast.data import Dataset, normalise
-from ddfast.evaluate import Protocol, accuracy, protocol, squares, steps_matched, train_networks
+from ddfast.evaluate import (
+    Protocol,
+    accuracy,
+    largest_rate,
+    protocol,
+    squares,
+    steps_matched,
+    train_networks,
+)
+from ddfast.evaluate.side_by_side import SideBySide
 from ddfast.random import generator
 
 SEED = 3
@@ -68,10 +78,24 @@ def test_preset_of_rfad(name, ipc, lr, scale, decay) -> None:
     assert chosen.steps(10 * ipc) == 1000 and chosen.batch == min(10 * ipc, 513)
 
 
+def test_preset_of_kip() -> None:
+    for ipc in (1, 10, 50):
+        chosen = protocol("kip", named("CIFAR10"), ipc=ipc)
+        assert chosen.steps(10 * ipc) == 5000 and chosen.batch == min(10 * ipc, 100)
+    assert (chosen.lr, chosen.of_largest, chosen.momentum) == (1, True, 0.9)
+    assert (chosen.weight_decay, chosen.schedule, chosen.loss) == (1e-3, "cosine", "mean_squares")
+    assert (chosen.augmentation, chosen.weights, chosen.from_start) == ("none", "wide", False)
+    assert protocol("kip", named("CIFAR10"), lr=0.5).lr == 0.5
+    assert [chosen.share(step, 100) for step in (0, 50, 100)] == pytest.approx([1, 0.5, 0])
+    assert chosen.decay(0) == 1
+
+
 def test_what_has_no_meaning_is_refused() -> None:
     with pytest.raises(ValueError, match="dsa_strategy has no meaning for protocol 'rfad'"):
         protocol("rfad", named("CIFAR10"), dsa_strategy="crop")
-    with pytest.raises(ValueError, match="loss must be cross_entropy or squares, got 'mse'"):
+    with pytest.raises(ValueError, match="dsa_strategy has no meaning for protocol 'kip'"):
+        protocol("kip", named("CIFAR10"), dsa_strategy="crop")
+    with pytest.raises(ValueError, match=r"loss must be one of .*, mean_squares, got 'mse'"):
         Protocol("dc", 1, loss="mse")
 
 
@@ -89,23 +113,77 @@ def test_full_data_have_as_many_steps() -> None:
     assert steps_matched(chosen, 100, 10_000).steps(10_000) == 3000  # 30 passes at least
 
 
+def literal_kernel(net: nn.Module, images: Tensor) -> Tensor:
+    """(n, n): the tangent kernel of the outputs' sum over sqrt(C), from the whole Jacobian."""
+
+    def outputs(parameters: dict[str, Tensor]) -> Tensor:
+        logits = torch.func.functional_call(net, parameters, (images,))
+        return logits.sum(1) / math.sqrt(logits.shape[1])
+
+    parameters = {name: value.detach() for name, value in net.named_parameters()}
+    jacobian = torch.func.jacrev(outputs)(parameters)
+    rows = torch.cat([part.flatten(1) for part in jacobian.values()], 1)
+    return rows @ rows.mT
+
+
+@pytest.mark.parametrize("at_once", [1, 7, 100])
+def test_tangent_kernels_in_blocks(dataset, at_once, monkeypatch) -> None:
+    group = [nets.build("ConvNetD2W4", 2, 3, 8, generator(0, "net", i)) for i in range(2)]
+    group = [net.double() for net in group]
+    weights = SideBySide(group, stacked=True)
+    monkeypatch.setattr(largest_rate, "BLOCK_BYTES", at_once * weights.flat.numel() * 8)
+    images = dataset.normalised(dataset.train_images, torch.float64)
+    found = largest_rate.tangent_kernels(weights, images)
+    for net, kernel in zip(group, found, strict=True):
+        torch.testing.assert_close(kernel, literal_kernel(net, images), rtol=1e-11, atol=1e-12)
+
+
+@pytest.mark.parametrize("share", [0.25, 0.5, 1.0])
+def test_a_step_at_the_largest_rate_turns_the_largest_error_round(dataset, share) -> None:
+    """An error along the kernel's largest eigenvector is multiplied by 1 - 2 * share of the rate.
+
+    One class, for which the mean over classes leaves nothing out.
+    """
+    zero = torch.zeros(12, dtype=torch.int64)
+    one = dataclasses.replace(dataset, train_labels=zero, test_labels=zero, class_names=("a",))
+    net = nets.build("ConvNetD2W4NN", 2, 1, 8).double()
+    weights = SideBySide([net], stacked=False)
+    x = dataset.normalised(dataset.train_images, torch.float64)[None]
+    direction = torch.linalg.eigh(largest_rate.tangent_kernels(weights, x[0]))[1][0, :, -1]
+    error = 1e-6 * direction
+    wanted = weights.logits(x).detach()[0, :, 0] - error
+    rate = share * largest_rate.largest_rates(weights, one, SEED)
+    loss = (weights.logits(x)[:, :, 0] - wanted).square().mean(1) / 2
+    with torch.enable_grad():
+        gradient = weights.gradient(loss)
+    with torch.no_grad():
+        weights.flat.sub_(rate * gradient)
+    after = weights.logits(x).detach()[0, :, 0] - wanted
+    torch.testing.assert_close(after, (1 - 2 * share) * error, rtol=1e-3, atol=1e-10)
+
+
 def literal(
     images: Tensor, labels: Tensor, dataset: Dataset, chosen: Protocol, number: int
 ) -> tuple[torch.nn.Module, torch.nn.Module]:
     """A training written out by hand, in float64: the network, and as it was at first."""
     net = nets.build("ConvNetD2W4NN", 2, 3, 8)
     random = generator(SEED, "evaluate: weights", 0, number)
-    (nets.initialise_wide if chosen.from_start else nets.initialise)(net, random)
+    (nets.initialise if chosen.name == "frepo" else nets.initialise_wide)(net, random)
     net = net.double()
     begun = copy.deepcopy(net)
     if labels.dtype == torch.int64:
         y = F.one_hot(labels, 3).double() - 1 / 3
-        y = y if chosen.from_start else y / math.sqrt(3 / 10)
+        y = y / math.sqrt(3 / 10) if chosen.name == "frepo" else y
     else:
         y = labels.double()
     order = generator(SEED, "evaluate: order", 0, number)
+    rate = chosen.lr
     if chosen.from_start:
         optimiser: torch.optim.Optimizer = torch.optim.SGD(net.parameters(), chosen.lr, 0.9)
+    elif chosen.of_largest:
+        kernel = literal_kernel(net, images)
+        rate *= 2 * len(images) * 3 / float(torch.linalg.eigvalsh(kernel)[-1])
+        optimiser = torch.optim.SGD(net.parameters(), rate, 0.9, weight_decay=chosen.weight_decay)
     else:
         optimiser = torch.optim.Adam(net.parameters(), chosen.lr)
     step, steps = 0, chosen.steps(len(images))
@@ -117,9 +195,11 @@ def literal(
                 loss = ((out - chosen.label_scale * y[rows]) ** 2).mean() / chosen.label_scale**2
                 for p, q in zip(net.parameters(), begun.parameters(), strict=True):
                     loss = loss + chosen.weight_decay * ((p - q.detach()) ** 2).sum()
+            elif chosen.of_largest:
+                loss = ((out - y[rows]) ** 2).mean() / 2
             else:
                 loss = ((out - y[rows]) ** 2).sum(1).mean() / 2
-            optimiser.param_groups[0]["lr"] = chosen.lr * chosen.share(step, steps)
+            optimiser.param_groups[0]["lr"] = rate * chosen.share(step, steps)
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
@@ -129,7 +209,7 @@ def literal(
 
 @pytest.mark.parametrize("soft", [False, True])
 @pytest.mark.parametrize("at_once", [1, 2])
-@pytest.mark.parametrize("name", ["frepo", "rfad"])
+@pytest.mark.parametrize("name", ["frepo", "rfad", "kip"])
 def test_training_is_the_literal_loop(dataset, name, at_once, soft, monkeypatch) -> None:
     monkeypatch.setattr(squares, "WARM_UP", 3)
     chosen = Protocol(
@@ -138,10 +218,11 @@ def test_training_is_the_literal_loop(dataset, name, at_once, soft, monkeypatch)
         batch=5,
         lr=0.02,
         weight_decay=0.0 if name == "frepo" else 1e-2,
-        schedule="warmed_cosine" if name == "frepo" else "constant",
+        schedule={"frepo": "warmed_cosine", "rfad": "constant", "kip": "cosine"}[name],
         optimiser="adamw" if name == "frepo" else "sgd",
-        loss="squares",
-        label_scale=1.0 if name == "frepo" else 4.0,
+        loss="mean_squares" if name == "kip" else "squares",
+        of_largest=name == "kip",
+        label_scale=4.0 if name == "rfad" else 1.0,
         from_start=name == "rfad",
         weights="default" if name == "frepo" else "wide",
     )

@@ -1,24 +1,52 @@
 """The functions of the official DC, DSA and DM scripts, under their names and signatures.
 
-Replace `from utils import match_loss, DiffAugment, ParamDiffAug` by
-`from ddfast.compat.dc import match_loss, DiffAugment, ParamDiffAug`.
+Replace `from utils import ...` by `from ddfast.compat.dc import ...`; `docs/porting.md` shows how.
+
+The functions of `ddfast.compat` are the only ones of ddfast that use torch's global generator,
+where the official ones do, so that a script follows from `torch.manual_seed`.
 """
 
 from __future__ import annotations
 
-import math
-import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ddfast import losses
-from ddfast.augment import apply, check_images, offset_count, parse_strategy, shift_limit
-from ddfast.reference.augment import OPERATIONS
+from ddfast.compat import training
+from ddfast.compat.data import get_dataset
+from ddfast.compat.diff_augment import ParamDiffAug, diff_augment
+from ddfast.compat.training import TensorDataset, augment, get_daparam, get_network, get_time
+from ddfast.methods.dc import loops
 
-__all__ = ["DiffAugment", "ParamDiffAug", "match_loss"]
+__all__ = [
+    "DiffAugment",
+    "ParamDiffAug",
+    "TensorDataset",
+    "augment",
+    "epoch",
+    "evaluate_synset",
+    "get_daparam",
+    "get_dataset",
+    "get_eval_pool",
+    "get_loops",
+    "get_network",
+    "get_time",
+    "match_loss",
+]
+
+#: `eval_mode`: the networks that it stands for.
+EVALUATED = {
+    "M": ("MLP", "ConvNet", "LeNet", "AlexNet", "VGG11", "ResNet18"),
+    "B": ("ConvNetBN", "ConvNetASwishBN", "AlexNetBN", "VGG11BN", "ResNet18BN"),
+    "W": ("ConvNetW32", "ConvNetW64", "ConvNetW128", "ConvNetW256"),
+    "D": ("ConvNetD1", "ConvNetD2", "ConvNetD3", "ConvNetD4"),
+    "A": ("ConvNetAS", "ConvNetAR", "ConvNetAL", "ConvNetASwish"),
+    "P": ("ConvNetNP", "ConvNetMP", "ConvNetAP"),
+    "N": ("ConvNetNN", "ConvNetBN", "ConvNetLN", "ConvNetIN", "ConvNetGN"),
+}
 
 #: Names of the official `--dis_metric` and of ours.
 DISTANCES = {"ours": "row_cosine", "mse": "mse", "cos": "cosine"}
@@ -48,27 +76,6 @@ def match_loss(gw_syn: Sequence[Tensor], gw_real: Sequence[Tensor], args: Any) -
     )
 
 
-# --- augmentation -----------------------------------------------------------------------------
-
-
-class ParamDiffAug:
-    """The parameters of `DiffAugment` under their official names; set what you want changed."""
-
-    def __init__(self) -> None:
-        self.aug_mode = "S"
-        self.prob_flip = 0.5
-        self.ratio_scale = 1.2
-        self.ratio_rotate = 15.0
-        self.ratio_crop_pad = 0.125
-        self.ratio_cutout = 0.5
-        self.brightness = 1.0
-        self.saturation = 2.0
-        self.contrast = 0.5
-        # Left behind by DiffAugment, as in the official code.
-        self.Siamese = False
-        self.latestseed = -1
-
-
 def DiffAugment(
     x: Tensor,
     strategy: str = "",
@@ -84,8 +91,8 @@ def DiffAugment(
     image works.
 
     With seed -1, the operation is drawn once and the parameters for each image, as the official
-    code does: from torch's global generators (the CPU's, and that of x's device). This is the only
-    function of ddfast that uses the global state; a `generator` replaces it.
+    code does: from torch's global generators (the CPU's, and that of x's device). A `generator`
+    replaces them.
 
     Args:
         x: (N, channels, height, width), floating point.
@@ -101,90 +108,92 @@ def DiffAugment(
     Raises:
         TypeError, ValueError: as `ddfast.augment.apply`; unknown operation or mode; negative seed.
     """
-    names = parse_strategy(strategy)
-    seed = operator.index(seed)
-    if seed < -1:
-        raise ValueError(f"seed: got {seed}, expected an integer >= 0, or -1")
-    if seed != -1 and generator is not None:
-        raise ValueError(f"generator: given together with seed {seed}; pass one of the two")
-    param = ParamDiffAug() if param is None else param
-    if param.aug_mode not in ("S", "M"):
-        raise ValueError(f"param.aug_mode: got {param.aug_mode!r}, expected 'S' or 'M'")
-    if not names:
-        return x
-    check_images(x)  # before a number is drawn
-    param.Siamese, param.latestseed = seed != -1, seed
-    private: dict[torch.device, torch.Generator] = {}
-
-    def next_generator(device: torch.device) -> torch.Generator | None:
-        if not param.Siamese:
-            return generator
-        if device not in private:
-            private[device] = torch.Generator(device)
-        param.latestseed += 1
-        return private[device].manual_seed(param.latestseed - 1)
-
-    if param.aug_mode == "S":
-        source = next_generator(torch.device("cpu"))
-        device = "cpu" if source is None else source.device
-        chosen = torch.randint(0, len(names), (1,), generator=source, device=device)
-        names = (names[int(chosen)],)
-    rows = [_draw(name, x, param, next_generator) for name in names]
-    draw = torch.tensor(rows, dtype=torch.float64)
-    return apply(x, draw.view(len(names), 1 if param.Siamese else x.shape[0], 4))
+    return diff_augment(x, strategy, seed, param, generator, align_corners=False)
 
 
-def _draw(
-    name: str,
-    x: Tensor,
-    param: ParamDiffAug,
-    next_generator: Callable[[torch.device], torch.Generator | None],
-) -> list[list[float]]:
-    """Rows of a record: one operation with the numbers that the official code would draw for x."""
-    images, _, height, width = x.shape
-    cpu = torch.device("cpu")
-    drawn = images
-    if param.Siamese:
-        # The first number of a draw counts. On the CPU it does not depend on how many follow;
-        # elsewhere nobody promises that.
-        drawn = 1 if x.device == cpu else max(1, images)
+def get_loops(ipc: int) -> tuple[int, int]:
+    """Image updates per network, and epochs of network training between two of them.
 
-    def uniform(dtype: torch.dtype, device: torch.device) -> Tensor:
-        source = next_generator(device)
-        device = device if source is None else source.device
-        return torch.rand(drawn, dtype=dtype, device=device, generator=source)
+    For the ipc that the official script knows (1, 10, 20, 30, 40, 50) its values; where it exits,
+    `(ipc, max(1, 500 // ipc))`, as `ddfast distill dc` does.
 
-    def integers(low: int, high: int) -> Tensor:
-        source = next_generator(x.device)
-        device = x.device if source is None else source.device
-        return torch.randint(low, high, (drawn,), device=device, generator=source)
+    Raises:
+        ValueError: an ipc below 1.
+    """
+    if ipc < 1:
+        raise ValueError(f"ipc: got {ipc}, expected at least 1")
+    return loops(ipc)
 
-    # Parameters are computed in the official code's dtypes, so that they are equal to the last bit.
-    values: list[Tensor]
-    constants = [0.0, 0.0, 0.0]
-    if name == "color":
-        values = [
-            (uniform(x.dtype, x.device) - 0.5) * param.brightness,
-            uniform(x.dtype, x.device) * param.saturation,
-            uniform(x.dtype, x.device) + param.contrast,
-        ]
-    elif name == "crop":
-        limits = [shift_limit(side, param.ratio_crop_pad) for side in (height, width)]
-        values = [integers(-limit, limit + 1) for limit in limits]
-    elif name == "cutout":
-        counts = [offset_count(side, param.ratio_cutout) for side in (height, width)]
-        values = [integers(0, count) for count in counts]
-        constants[2] = param.ratio_cutout
-    elif name == "flip":
-        # Drawn on x's device but in the default dtype, whatever x's is.
-        values = [uniform(torch.float32, x.device) < param.prob_flip]
-    elif name == "scale":
-        smallest = 1.0 / param.ratio_scale
-        spread = param.ratio_scale - smallest
-        values = [uniform(torch.float32, cpu) * spread + smallest for _ in range(2)]
-    else:
-        values = [(uniform(torch.float32, cpu) - 0.5) * 2 * param.ratio_rotate / 180 * math.pi]
-    columns = [value.tolist() for value in values]
-    operation, rest = OPERATIONS.index(name), constants[len(columns) :]
-    rows = [[operation, *row, *rest] for row in zip(*columns, strict=True)]
-    return rows[:1] if param.Siamese else rows
+
+def get_eval_pool(eval_mode: str, model: str, model_eval: str) -> list[str]:
+    """The networks to evaluate on: those of `EVALUATED`; for "S" the model, with instance in place
+    of batch normalisation (what follows BN in its name is lost, as in the official script); for
+    "SS" the model; for any other mode `model_eval`.
+    """
+    if eval_mode in EVALUATED:
+        return list(EVALUATED[eval_mode])
+    if eval_mode == "S":
+        return [model.split("BN")[0]]
+    return [model if eval_mode == "SS" else model_eval]
+
+
+def epoch(
+    mode: str,
+    dataloader: Iterable[Sequence[Tensor]],
+    net: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    criterion: nn.Module,
+    args: Any,
+    aug: bool,
+) -> tuple[float, float]:
+    """One pass over a loader: mean loss, and accuracy from 0 to 1, while it went on.
+
+    Args:
+        mode: "train" to make optimiser steps; anything else to test, without graphs.
+        dataloader: of (images, labels).
+        criterion: mean cross-entropy of a batch.
+        args: with `device`; where `aug`, with `dsa`, and then `dsa_strategy` and `dsa_param`, else
+            `dc_aug_param`.
+        aug: whether to augment.
+    """
+    return training.epoch(
+        mode,
+        dataloader,
+        net,
+        optimizer,
+        criterion,
+        args,
+        training.augmented(args, aug, DiffAugment),
+    )
+
+
+def evaluate_synset(
+    it_eval: int,
+    net: nn.Module,
+    images_train: Tensor,
+    labels_train: Tensor,
+    testloader: Iterable[Sequence[Tensor]],
+    args: Any,
+) -> tuple[nn.Module, float, float]:
+    """Train a network on a synthetic set and test it, by the official schedule; prints a line.
+
+    `args.epoch_eval_train + 1` epochs of SGD (momentum 0.9, weight decay 5e-4) in batches of
+    `args.batch_train`; after the epoch with index `args.epoch_eval_train // 2 + 1` a new optimiser
+    with a tenth of `args.lr_net`. Draws what the official function draws from the global generator.
+    Several networks at once, beside random selections, are what `ddfast.evaluate.evaluate` trains.
+
+    Args:
+        it_eval: a number for the line.
+        net: is trained in place.
+        images_train: (N, channels, H, W); labels_train: (N,) int64.
+        testloader: of (images, labels).
+        args: with `device`, `lr_net`, `epoch_eval_train`, `batch_train`, and see `epoch`.
+
+    Returns:
+        The network, and the accuracies (0 to 1) of the last epoch and of the test.
+    """
+    function = training.augmented(args, True, DiffAugment)
+    history = training.train_and_test(
+        it_eval, net, images_train, labels_train, testloader, args, function
+    )
+    return net, history.train_accuracies[-1], history.test_accuracy

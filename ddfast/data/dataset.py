@@ -134,10 +134,12 @@ class Dataset:
 
     @property
     def num_classes(self) -> int:
+        """As many as there are class names."""
         return len(self.class_names)
 
     @property
     def channels(self) -> int:
+        """Of each image."""
         return int(self.train_images.shape[1])
 
     @property
@@ -151,6 +153,9 @@ class Dataset:
         Args:
             images: uint8 ``(N, channels, H, W)``, on any device.
             dtype: a floating-point type.
+
+        Returns:
+            A new tensor of the same shape in ``dtype``.
         """
         found = normalise(images, self.mean, self.std, dtype)
         return found if self.whitening is None else self.whitening(found)

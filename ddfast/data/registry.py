@@ -48,6 +48,9 @@ def names() -> tuple[str, ...]:
 def canonical_name(name: str) -> str:
     """``"cifar-10"``, ``"Tiny"``, ``"fashion"`` ... as ``"CIFAR10"``, ``"TinyImageNet"`` ...
 
+    Args:
+        name: case, dashes and underscores do not matter.
+
     Raises:
         TypeError: not a string.
         ValueError: an unknown name; the message lists the known ones and the nearest.

@@ -42,7 +42,17 @@ class ClassSampler:
         self._members = order.split(list(self.counts))
 
     def indices(self, class_index: int) -> Tensor:
-        """int64 ``(counts[class_index],)``: the positions of a class's images, ascending."""
+        """The positions of a class's images, ascending.
+
+        Args:
+            class_index: the class.
+
+        Returns:
+            int64 ``(counts[class_index],)`` on the CPU.
+
+        Raises:
+            ValueError: a class out of range.
+        """
         self._check_class(class_index)
         return self._members[class_index]
 
@@ -78,7 +88,7 @@ class ClassSampler:
         return members[torch.randperm(len(members), generator=generator)[:n]]
 
     def sample_all(self, n: int, generator: torch.Generator) -> tuple[Tensor, list[int]]:
-        """``n`` images of every class, class 0 first.
+        """``n`` images of every class, class 0 first; ``generator`` as in :meth:`sample`.
 
         Returns:
             The positions, int64 ``(sum(counts),)``, and how many belong to each class:

@@ -9,7 +9,9 @@ eigendecomposition of their covariance, an image becomes (x - m) U diag(w) U':
          (Nguyen et al., NeurIPS 2021)
 `rfad`   no m; Cov = X'X / N; w = (e + 0.1 tr(Cov)/d)^(-1/2) (Loo et al., NeurIPS 2022; for SVHN it
          centres and divides each image, which is `kip`'s beginning)
-`frepo`  m the mean image; Cov the covariance, over N; w as `rfad` (Zhou et al., NeurIPS 2022)
+`frepo`  m the mean image; Cov the covariance, over N; w as `rfad`; images of more than 64 pixels a
+         side in blocks of 64 x 64, all by the mean of the blocks' covariances (Zhou et al.,
+         NeurIPS 2022)
 `mtt`    of pixels scaled to 0..1 in place of x; m the mean image; Cov over N - 1;
          w = (e + 0.1)^(-1/2) (Cazenavette et al., CVPR 2022; kornia's)
 =======  =========================================================================================
@@ -34,8 +36,9 @@ __all__ = ["MODES", "Whitening", "fit_whitening", "whitened"]
 
 MODES = ("kip", "rfad", "frepo", "mtt")
 
+BLOCK = 64  # pixels a side, in `frepo`
 SHARE = 0.1  # of the mean eigenvalue that is added to all; in mtt the amount itself
-MOST = 3 * 64 * 64  # numbers of an image; the matrix has as many rows and columns
+MOST = 3 * 64 * 64  # numbers of an image or block; the matrix has as many rows and columns
 CHUNK = 1 << 24  # numbers at a time
 
 
@@ -47,6 +50,9 @@ class Whitening:
         mode: one of `MODES`, or any name for a transform of your own.
         shift: float32 `(d,)`, subtracted first.
         matrix: float32 `(d, d)`; rows of pixels, channel after channel, are multiplied by it.
+            With blocks `(b, b)`, b the numbers of one.
+        block: pixels a side of the square blocks that are multiplied, each for itself; 0 for whole
+            images.
         length: 0; or where each image is first centred by its own mean and divided by its own
             length, the mean such length of the training images.
 
@@ -58,14 +64,23 @@ class Whitening:
     shift: Tensor
     matrix: Tensor
     length: float = 0.0
+    block: int = 0
 
     def __post_init__(self) -> None:
+        if isinstance(self.block, bool) or not isinstance(self.block, int) or self.block < 0:
+            raise ValueError(f"block must be an integer of at least 0, got {self.block!r}")
         for name, tensor, dims in (("shift", self.shift, 1), ("matrix", self.matrix, 2)):
             if not isinstance(tensor, Tensor) or tensor.dtype != torch.float32:
                 raise TypeError(f"{name} must be a float32 tensor")
-            if tensor.shape != (len(self.shift),) * dims or not tensor.numel():
+            side = len(self.matrix) if self.block and name == "matrix" else len(self.shift)
+            if tensor.shape != (side,) * dims or not tensor.numel():
                 raise ValueError(
-                    f"{name} must have shape {(len(self.shift),) * dims}, got {tuple(tensor.shape)}"
+                    f"{name} must have shape {(side,) * dims}, got {tuple(tensor.shape)}"
+                )
+            if self.block and (side % self.block**2 or len(self.shift) % side):
+                raise ValueError(
+                    f"{name} has {side} numbers a row, which blocks of {self.block} pixels a side "
+                    "do not divide"
                 )
             if not torch.isfinite(tensor).all():
                 raise ValueError(f"{name} has values that are not finite")
@@ -98,7 +113,8 @@ class Whitening:
         if self.length:
             rows = _of_unit_length(rows)
         shift, matrix = self._like(rows)
-        return ((rows - shift) @ matrix).view(images.shape).to(images.dtype)
+        found = self._whole(self._parts(rows - shift, images) @ matrix, images)
+        return found.view(images.shape).to(images.dtype)
 
     def inverse(self, images: Tensor) -> Tensor:
         """Whitened images as channel-normalised ones, for looking at them.
@@ -110,7 +126,8 @@ class Whitening:
         """
         rows = self._rows(images).double()
         shift, matrix = (tensor.double() for tensor in self._like(rows))
-        found = torch.linalg.solve(matrix, rows, left=False) + shift
+        parts = torch.linalg.solve(matrix, self._parts(rows, images), left=False)
+        found = self._whole(parts, images) + shift
         if self.length:
             found = found * self.length
         return found.view(images.shape).to(images.dtype)
@@ -121,8 +138,26 @@ class Whitening:
                 f"images must have {self.size} numbers each for this whitening, got "
                 f"{tuple(images.shape)}"
             )
+        if self.block and (images.dim() != 4 or any(s % self.block for s in images.shape[2:])):
+            raise ValueError(
+                f"images must be (N, channels, H, W) with sides that are multiples of {self.block} "
+                f"for this whitening, got {tuple(images.shape)}"
+            )
         rows = images.flatten(1)
         return rows if rows.dtype == torch.float64 else rows.float()
+
+    def _parts(self, rows: Tensor, images: Tensor) -> Tensor:
+        """What the matrix multiplies: rows of whole images, or of blocks."""
+        return _blocks(rows.view(images.shape), self.block) if self.block else rows
+
+    def _whole(self, parts: Tensor, images: Tensor) -> Tensor:
+        """`_parts` undone."""
+        if not self.block:
+            return parts
+        count, channels, height, width = images.shape
+        side = self.block
+        grid = (count, height // side, width // side, channels, side, side)
+        return parts.view(grid).permute(0, 3, 1, 4, 2, 5).reshape(count, -1)
 
     def _like(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         return self.shift.to(rows), self.matrix.to(rows)
@@ -143,8 +178,9 @@ def fit_whitening(
         unit: whether each image is first centred and divided by its length; None: as published.
 
     Raises:
-        TypeError, ValueError: images or constants that do not fit, an unknown mode, images of more
-            than 3 x 64 x 64 numbers, or fewer than two images.
+        TypeError, ValueError: images or constants that do not fit, an unknown mode, fewer than two
+            images, or images of more than 3 x 64 x 64 numbers; in mode `frepo` such whose sides
+            are no multiples of 64 pixels.
     """
     if mode not in MODES:
         raise ValueError(f"mode must be one of {', '.join(MODES)}, got {mode!r}")
@@ -152,11 +188,13 @@ def fit_whitening(
         raise ValueError(
             f"images must be at least two, (N, channels, H, W), got {tuple(images.shape)}"
         )
+    refusal = problem(images.shape[1:], mode)
+    if refusal:
+        raise ValueError(f"images {refusal}")
     count, d = len(images), images[0].numel()
-    if d > MOST:
-        raise ValueError(
-            f"images have {d} numbers each; whitening is offered up to {MOST}, 3 x 64 x 64"
-        )
+    block = BLOCK if mode == "frepo" and max(images.shape[2:]) > BLOCK else 0
+    if block:
+        return _fitted_to_blocks(images, mean, std, block)
     unit = mode == "kip" if unit is None else unit
     total, squares, lengths = torch.zeros(d).double(), torch.zeros(d, d).double(), 0.0
     for chunk in images.split(max(1, CHUNK // d)):
@@ -187,6 +225,52 @@ def fit_whitening(
     if mode == "mtt":
         matrix *= scale[:, None]
     return Whitening(mode, middle.float(), matrix.float(), lengths / count)
+
+
+def problem(image: Sequence[int], mode: str) -> str:
+    """Why images (channels, H, W) cannot be whitened by a mode: what to say of them, or nothing."""
+    d = math.prod(image)
+    if mode == "frepo" and max(image[1:]) > BLOCK:
+        if any(side % BLOCK for side in image[1:]):
+            return f"are {image[1]}x{image[2]}; mode frepo has blocks of {BLOCK} pixels a side"
+        d = image[0] * BLOCK**2
+    if d > MOST:
+        return f"have {d} numbers each; whitening is offered up to {MOST}, 3 x 64 x 64"
+    return ""
+
+
+def _fitted_to_blocks(
+    images: Tensor, mean: Sequence[float], std: Sequence[float], block: int
+) -> Whitening:
+    """FRePo's of large images: less the mean image, one covariance for all blocks.
+
+    The mean of the blocks' covariances is that of all blocks as rows, of which each position has
+    lost its own mean.
+    """
+    size = images.shape[1] * block**2
+    total = torch.zeros(images.shape[1:]).double()
+    squares, rows = torch.zeros(size, size).double(), 0
+    chunks = images.split(max(1, CHUNK // images[0].numel()))
+    for chunk in chunks:
+        total += normalise(chunk, mean, std, torch.float64).sum(0)
+    middle = total / len(images)
+    for chunk in chunks:
+        parts = _blocks(normalise(chunk, mean, std, torch.float64) - middle, block)
+        squares.addmm_(parts.T, parts)
+        rows += len(parts)
+    rounding = 1e-12 * (middle.square().mean() + squares.diagonal().mean() / rows)
+    values, vectors = torch.linalg.eigh(squares / rows)
+    values.clamp_(min=0)
+    if values.mean() <= rounding:
+        raise ValueError("images are all alike, which leaves nothing to whiten")
+    matrix = (vectors * (values + SHARE * values.mean()).rsqrt()) @ vectors.T
+    return Whitening("frepo", middle.flatten().float(), matrix.float(), block=block)
+
+
+def _blocks(images: Tensor, side: int) -> Tensor:
+    """(N, channels, H, W) as a row for each block, row of blocks after row of blocks."""
+    parts = images.unfold(2, side, side).unfold(3, side, side)
+    return parts.permute(0, 2, 3, 1, 4, 5).reshape(-1, images.shape[1] * side**2)
 
 
 def whitened(dataset: Dataset, mode: str) -> Dataset:

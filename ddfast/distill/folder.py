@@ -122,6 +122,9 @@ def record(folder: Path, mine: dict[str, Any], data_path: str | None) -> None:
 def unfinished(folder: Path) -> tuple[Artefact, int]:
     """The synthetic set of a run that has not ended, and after how many iterations it is that.
 
+    Args:
+        folder: of the run.
+
     Raises:
         ValueError: no run there, or no checkpoint of it yet.
     """

@@ -33,6 +33,8 @@ from ddfast.methods import Config, Diverged, Interrupted, Method, Run
 from ddfast.methods.run import learned, restore
 
 ARTEFACT = "distilled.safetensors"
+"""The file in the folder of a run that holds the distilled set."""
+
 LAST_GOOD = "last_good.safetensors"
 PICTURES = 10  # in the course of a run
 

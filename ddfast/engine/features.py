@@ -38,7 +38,7 @@ class Features:
     """What :func:`features` returns.
 
     Attributes:
-        features: (N, width), as ``net.embed(images)`` gives them, without a graph.
+        features: (N, width), as ``net.embed(images)`` gives them and in its dtype, without a graph.
         maps: with `layers`, for every block the mean over each class's images of the activation
             before pooling, (classes, channels, H, W), in float64 for float64, else float32; zeros
             for a class without images. Otherwise empty.
@@ -56,8 +56,8 @@ class Features:
         May be called any number of times.
 
         Args:
-            by_features: in the shape of `features`, or None for zeros.
-            by_maps: one for each of `maps` in its shape, or None for zeros.
+            by_features: in the shape and dtype of `features`, or None for zeros.
+            by_maps: one for each of `maps` in its shape and dtype, or None for zeros.
 
         Returns:
             (N, channels, H, W).

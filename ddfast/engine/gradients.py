@@ -108,7 +108,7 @@ def class_gradients(
         net: any classifier; :class:`ddfast.nets.convnet.ConvNet` runs on fused operators. Batch
             normalisation must be in evaluation mode. Its `.grad` fields are left alone.
         images: (N, channels, H, W), in the network's dtype and device.
-        labels: (N,), in any order, each below `num_classes`.
+        labels: (N,) integers in any order, each below `num_classes`.
         num_classes: how many classes to return.
         memory: bytes for activations, as "8GiB" or a number (default 1 GiB). Results do not depend
             on it beyond rounding.
@@ -153,7 +153,8 @@ def segment_gradients(
     Args:
         counts: sizes of the segments, which sum to N.
         names: the parameters wanted (see :func:`weight_names`), by default all.
-        weights: (N,), factor of each image's cross-entropy in place of 1 / (size of its segment).
+        weights: (N,), floating: the factor of each image's cross-entropy in place of 1 / (size of
+            its segment).
         recompute: compute the first convolution again in the backward pass rather than store it,
             on the fused path. Default: where that is faster, which is on CPUs, for images of up to
             four channels.
@@ -231,7 +232,7 @@ def match_gradients(
 
     Args:
         net, images, labels, counts, memory, path, algorithm: as in :func:`segment_gradients`.
-        real: (segments, *shape) for each name, constants.
+        real: (segments, *shape) for each name, constants in the images' dtype.
         names: the parameters matched, by default those of two or more dimensions for "row_cosine",
             which ignores the others, and all for the other metrics.
         metric, eps: as in :func:`ddfast.losses.gradient_distance`.

@@ -29,10 +29,10 @@ class Tangent:
     """Derivatives of s = <gradient, direction>; see :meth:`Student.tangent`.
 
     Attributes:
-        slope: 0-d, s itself.
-        by_images: in their shape.
-        by_parameters: (P,), the Hessian times the direction; None if not asked for.
-        by_labels: (N, classes), of soft labels; None if not asked for.
+        slope: 0-d, s itself, in the dtype of the parameters as all of them.
+        by_images: in the shape and dtype of the images.
+        by_parameters: (P,), in that dtype: the Hessian times the direction; None if not asked for.
+        by_labels: (N, classes), in that dtype, of soft labels; None if not asked for.
     """
 
     slope: Tensor
@@ -102,12 +102,15 @@ class Student:
         """Loss and its gradient, outside autograd.
 
         Args:
-            theta: (P,).
-            images: (N, channels, H, W).
+            theta: (P,), floating, the parameters in the order of `net.parameters()`.
+            images: (N, channels, H, W), in the dtype and on the device of theta.
             labels: (N,) int64, or (N, classes), weights of the classes that need not sum to one.
 
         Returns:
-            0-d, and (P,).
+            0-d, and (P,), in the dtype of theta.
+
+        Raises:
+            ValueError: a label for which the network has no output.
         """
         work, steps = self._loaded(theta, images)
         total, loss = torch.zeros_like(theta), theta.new_zeros(())
@@ -148,7 +151,7 @@ class Student:
 
         Args:
             theta, images, labels: as in :meth:`gradient`.
-            direction: (P,).
+            direction: (P,), in the dtype of theta.
             by_parameters: compute the Hessian times the direction, too.
             by_labels: compute the derivative by soft labels, too.
         """

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from ddfast.evaluate.compare import evaluate, random_sets
-from ddfast.evaluate.protocols import PROTOCOLS, Protocol, protocol, steps_matched
+from ddfast.evaluate.compare import evaluate
+from ddfast.evaluate.presets import PROTOCOLS, protocol
+from ddfast.evaluate.protocols import Protocol, steps_matched
 from ddfast.evaluate.report import Report, Row
+from ddfast.evaluate.sets import random_sets
 from ddfast.evaluate.train import NotFinite, accuracy, train_networks
 
 __all__ = [

@@ -9,23 +9,24 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from ddfast import nets
 from ddfast._version import __version__
 from ddfast.artefact import Artefact
-from ddfast.data import ClassSampler, Dataset
+from ddfast.data import Dataset
 from ddfast.distill.folder import opened
 from ddfast.distill.log import peak_memory
-from ddfast.evaluate import protocols
+from ddfast.evaluate import presets
 from ddfast.evaluate.kernel_regression import KRR, kernel_rows, kernels_of
+from ddfast.evaluate.presets import LEARNED_LR
 from ddfast.evaluate.progress import bar
-from ddfast.evaluate.protocols import LEARNED_LR, Protocol, steps_matched
+from ddfast.evaluate.protocols import Protocol, by_own_schedule, steps_matched
 from ddfast.evaluate.report import Report, Row
-from ddfast.evaluate.train import TrainingSet, accuracy, check_sets, train_networks
-from ddfast.random import generator, seed_of
+from ddfast.evaluate.sets import own_sets, random_sets, seen_alike
+from ddfast.evaluate.train import TrainingSet, accuracy, train_networks
+from ddfast.random import seed_of
 
-__all__ = ["evaluate", "random_sets"]
+__all__ = ["evaluate"]
 
 OWN_STRATEGY = ("cafe", "linba", "rat_bptt")
 """Protocols with the augmentation that the set was distilled with."""
@@ -102,7 +103,7 @@ def evaluate(
         NotFinite: a training came to values that are not finite; the message names it.
     """
     folder = None if out is None else opened(out)
-    dataset = _seen_alike(distilled, dataset)
+    dataset = seen_alike(distilled, dataset)
     kernels, names = None, {}
     if protocol == KRR:
         given = [models] if isinstance(models, str) else list(models)
@@ -115,7 +116,7 @@ def evaluate(
     for what, value in (("num_eval", num_eval), ("selections", selections)):
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{what} must be an integer of at least 1, got {value!r}")
-    stored, hard, soft = _own_sets(distilled, dataset)
+    stored, hard, soft = own_sets(distilled, dataset)
     others = random_sets(stored, dataset, selections, seed) if baselines else []
     factor = 1
     if isinstance(distilled, Artefact) and distilled.decoder is not None:
@@ -146,7 +147,7 @@ def evaluate(
         plans = []
         for model, batchnorm in names.items():
             chosen = {
-                images: protocols.protocol(
+                images: presets.protocol(
                     protocol,
                     dataset,
                     batchnorm,
@@ -162,7 +163,7 @@ def evaluate(
             own = dataclasses.replace(chosen[len(hard[1])], lr=own_lr or chosen[len(hard[1])].lr)
             if protocol == "dd":
                 own = _scheduled(own, distilled, model)
-            labelled = soft if own.loss == "squares" or _are_shares(soft) else None
+            labelled = soft if own.loss != "cross_entropy" or _are_shares(soft) else None
             parts = _parts(len(stored), hard, labelled, others, dataset, chosen, own, seed)
             plans.append((model, parts))
         work = sum(
@@ -205,41 +206,13 @@ def _scheduled(preset: Protocol, distilled: Artefact | TrainingSet, model: str) 
             f"{groups!r} with {len(distilled.lr)} rates"
         )
     known = settings.get("init_net") == "fixed" and settings.get("model") == model
-    return protocols.by_own_schedule(
+    return by_own_schedule(
         preset,
         distilled.lr,
         groups,
         settings.get("init_weights", "default"),
         (distilled.seed, settings.get("sample_n_nets", 1)) if known else None,
     )
-
-
-def random_sets(labels: Tensor, dataset: Dataset, selections: int, seed: int) -> list[TrainingSet]:
-    """Random selections of training images, with as many of each class as `labels` has.
-
-    Returns:
-        For each selection images, uint8 `(N, channels, H, W)`, and labels, class 0 first.
-
-    Raises:
-        ValueError: a class with fewer training images; the message names it.
-    """
-    wanted = torch.bincount(labels.cpu(), minlength=dataset.num_classes).tolist()
-    sampler = ClassSampler(dataset.train_labels, dataset.num_classes)
-    for place, (count, there) in enumerate(zip(wanted, sampler.counts, strict=True)):
-        if count > there:
-            raise ValueError(
-                f"class {place} ({dataset.class_names[place]}) of {dataset.name} has {there} "
-                f"training images, too few for a random selection of {count}; baselines=False "
-                "does without"
-            )
-    found = []
-    for number in range(selections):
-        random = generator(seed, "evaluate: selection", number)
-        indices = torch.cat(
-            [sampler.sample(c, count, random) for c, count in enumerate(wanted) if count]
-        )
-        found.append((dataset.train_images[indices], dataset.train_labels[indices]))
-    return found
 
 
 def _checked_models(models: str | Sequence[str], dataset: Dataset) -> dict[str, bool]:
@@ -249,71 +222,6 @@ def _checked_models(models: str | Sequence[str], dataset: Dataset) -> dict[str, 
         raise ValueError("models is empty: there is nothing to train")
     shape = (dataset.channels, dataset.num_classes, dataset.size)
     return {name: nets.has_batchnorm(nets.build(name, *shape)) for name in names}
-
-
-def _own_sets(
-    distilled: Artefact | TrainingSet, dataset: Dataset
-) -> tuple[Tensor, TrainingSet, TrainingSet | None]:
-    """Labels of what is stored, the set with hard labels, and with soft ones if it has any."""
-    if not isinstance(distilled, Artefact):
-        try:
-            images, labels = distilled
-        except (TypeError, ValueError):
-            raise TypeError(
-                "distilled must be an Artefact or a pair of images and labels, "
-                f"got {type(distilled).__name__}"
-            ) from None
-        check_sets([(images, labels)], dataset)
-        if labels.is_floating_point():
-            raise TypeError("labels must be int64 classes; soft labels go with an Artefact")
-        return labels, (images, labels), None
-    if distilled.class_names != dataset.class_names:
-        raise ValueError(
-            f"the artefact's classes are {_some(distilled.class_names)}, those of {dataset.name} "
-            f"are {_some(dataset.class_names)}: the labels would mean something else"
-        )
-    if (distilled.channels, distilled.size) != (dataset.channels, dataset.size):
-        raise ValueError(
-            f"the artefact's images are {_shape(distilled)}, those of {dataset.name} are "
-            f"{_shape(dataset)}"
-        )
-    decoded = distilled.decoded()
-    images, soft = decoded.images, decoded.soft_labels
-    if distilled.whitening is None:
-        images = decoded.normalised(dataset.mean, dataset.std)
-    hard = (images, decoded.labels)
-    return _as_images(distilled, dataset), hard, None if soft is None else (images, soft)
-
-
-def _seen_alike(distilled: Artefact | TrainingSet, dataset: Dataset) -> Dataset:
-    """The data set, whose images are normalised and whitened as those of a whitened artefact."""
-    if not isinstance(distilled, Artefact) or distilled.whitening is None:
-        return dataset
-    if (distilled.channels, distilled.size) != (dataset.channels, dataset.size):
-        return dataset  # refused in a moment
-    mean, std = tuple(distilled.mean), tuple(distilled.std)
-    return dataclasses.replace(dataset, mean=mean, std=std, whitening=distilled.whitening)
-
-
-def _as_images(distilled: Artefact, dataset: Dataset) -> Tensor:
-    """Labels of as many images as the artefact has numbers.
-
-    Those of the stored images; but where these are decoded with further tensors, of so many of each
-    class, rounded up, as would take the same storage.
-    """
-    if not distilled.decoder_tensors:
-        return distilled.labels
-    image = dataset.channels * dataset.size[0] * dataset.size[1]
-    per_class = -(-distilled.stored_numbers // (image * dataset.num_classes))
-    return torch.arange(dataset.num_classes).repeat_interleave(per_class)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
-
-
-def _shape(images: Artefact | Dataset) -> str:
-    return f"{images.channels}x{images.size[0]}x{images.size[1]}"
 
 
 def _parts(

@@ -50,6 +50,7 @@ class Row:
 
     @property
     def networks(self) -> int:
+        """How many were tested."""
         return sum(len(each) for each in self.accuracies)
 
     @property
@@ -92,6 +93,10 @@ class Report:
 
     def row(self, name: str, model: str | None = None) -> Row:
         """The row of a set; of the first model if none is given.
+
+        Args:
+            name: as in :class:`Row`.
+            model: as in :class:`Row`.
 
         Raises:
             KeyError: there is none.

@@ -90,6 +90,15 @@ class SideBySide:
         gradients = torch.autograd.grad(losses.sum(), self.leaves)
         return torch.cat([each.reshape(-1) for each in gradients])
 
+    def by_network(self, flat: Tensor) -> Tensor:
+        """(K, weights of a network): a vector that is laid out as `flat`, a row a network."""
+        networks = len(self.leaves[0])
+        return torch.cat([piece.view(networks, -1) for piece in flat.split(self.sizes)], 1)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """One number of each network `(K,)`, at all of its weights: laid out as `flat`."""
+        return torch.cat([values.repeat_interleave(size // len(values)) for size in self.sizes])
+
     def copy_to(self, group: Sequence[nets.Network]) -> None:
         """Write the weights into networks."""
         with torch.no_grad():

@@ -17,6 +17,7 @@ from ddfast.data import Dataset
 from ddfast.data.dataset import check_labels
 from ddfast.evaluate import squares
 from ddfast.evaluate.dc_augmentation import dc_augment
+from ddfast.evaluate.largest_rate import largest_rates
 from ddfast.evaluate.protocols import Protocol
 from ddfast.evaluate.side_by_side import (
     SGD,
@@ -261,15 +262,16 @@ def _train(
         weights.copy_to(group_nets)
         return [each.eval() for each in group_nets]
     start = None
-    if protocol.loss == "squares":
-        targets = squares.targets(targets, dataset.num_classes, flat.dtype, protocol.from_start)
+    if protocol.loss != "cross_entropy":
+        targets = squares.targets(targets, dataset.num_classes, flat.dtype, protocol)
+    rates = largest_rates(weights, dataset, seed) if protocol.of_largest else None
     if protocol.from_start:
         start = SideBySide(group_nets, stacked)
         begun = [copy.deepcopy(net) for net in group_nets]
 
     def loss_of(predicted: Tensor, wanted: Tensor) -> Tensor:
-        if protocol.loss == "squares":
-            return squares.losses(predicted, wanted, protocol.label_scale, protocol.from_start)
+        if protocol.loss != "cross_entropy":
+            return squares.losses(predicted, wanted, protocol)
         return cross_entropies(predicted, wanted)
 
     optimiser = _optimiser(protocol, flat)
@@ -301,6 +303,8 @@ def _train(
                 total += losses
                 if start is not None:
                     gradient.add_(flat - start.flat, alpha=2 * protocol.weight_decay)
+                if rates is not None:  # momentum and all then are in units of each network's rate
+                    gradient.add_(flat, alpha=protocol.weight_decay).mul_(rates)
                 optimiser.step(gradient, lr * protocol.share(done, steps))
             done += 1
         _check_losses(total, group, epoch, protocol)
@@ -347,7 +351,7 @@ def _optimiser(protocol: Protocol, weights: Tensor) -> SGD | AdamW:
     """The protocol's, as new."""
     if protocol.optimiser == "adamw":
         return AdamW(weights, protocol.momentum, protocol.weight_decay)
-    decay = 0.0 if protocol.from_start else protocol.weight_decay
+    decay = 0.0 if protocol.from_start or protocol.of_largest else protocol.weight_decay
     return SGD(weights, protocol.momentum, decay)
 
 

@@ -23,6 +23,8 @@ from ddfast.data import Dataset
 from ddfast.data.fingerprint import fingerprint
 
 EXPERTS = "experts.safetensors"
+"""The file in a folder of experts that holds their trajectories."""
+
 KEY = "ddfast experts"
 FORMAT_VERSION = 1
 
@@ -45,6 +47,7 @@ class Experts:
 
     @property
     def num_experts(self) -> int:
+        """How many networks were trained."""
         return int(self.trajectories.shape[0])
 
     @property
@@ -54,10 +57,18 @@ class Experts:
 
     @property
     def parameters(self) -> int:
+        """Numbers in a snapshot."""
         return int(self.trajectories.shape[2])
 
     def snapshot(self, expert: int, epoch: int) -> Tensor:
-        """Parameters of an expert after so many epochs, (parameters,) float32, a copy.
+        """Parameters of an expert in the course of its training.
+
+        Args:
+            expert: its number, from 0.
+            epoch: after how many epochs; 0 for its fresh weights.
+
+        Returns:
+            float32 (parameters,), a copy.
 
         Raises:
             IndexError: there is no such expert or epoch.
@@ -89,6 +100,12 @@ def check_experts(experts: Experts, dataset: Dataset, net: nn.Module, model: str
 
     An imported file does not know its images; then only the network is compared.
 
+    Args:
+        experts: the trajectories.
+        dataset: that of the run.
+        net: the network of the run, whose parameters must have those names and shapes.
+        model: its name.
+
     Raises:
         ValueError: naming what differs.
     """
@@ -107,6 +124,9 @@ def check_experts(experts: Experts, dataset: Dataset, net: nn.Module, model: str
 
 def open_experts(path: str | os.PathLike[str]) -> Experts:
     """Map the trajectories of a file, or of the folder that it lies in. Nothing is unpickled.
+
+    Args:
+        path: of the file, or of a folder that holds `experts.safetensors`.
 
     Raises:
         FileNotFoundError: no such file.

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 
 from ddfast._version import __version__
-from ddfast.artefact import digest
+from ddfast.artefact.file import digest
 from ddfast.data.files import whole_file
 from ddfast.generator.network import Generator, folded
 
@@ -74,6 +74,9 @@ def save(
 
 def load(path: str | os.PathLike[str]) -> Generator:
     """Read a generator. Nothing is unpickled, and the contents are checked against a checksum.
+
+    Args:
+        path: of the file.
 
     Returns:
         The generator on the CPU in evaluation mode, without spectral normalisation, its weights

@@ -27,6 +27,10 @@ def check_generator(generator: nn.Module, dataset: Dataset) -> None:
     Two latents go through it in evaluation mode, and a gradient comes back; the module is left as
     it was.
 
+    Args:
+        generator: any module.
+        dataset: says what the images must be like.
+
     Raises:
         TypeError: not a module, or one without an integer `latent_dim`.
         ValueError: it cannot be called as it must be, or its images are not what they must be; the
@@ -94,7 +98,11 @@ def _check_images(images: object, shape: tuple[int, ...]) -> None:
 
 @contextlib.contextmanager
 def frozen(generator: nn.Module) -> Iterator[nn.Module]:
-    """The module in evaluation mode, its parameters without gradients; as before afterwards."""
+    """The module in evaluation mode, its parameters without gradients; as before afterwards.
+
+    Args:
+        generator: any module.
+    """
     modes = [(module, module.training) for module in generator.modules()]
     wanted = [(parameter, parameter.requires_grad) for parameter in generator.parameters()]
     try:
@@ -116,7 +124,18 @@ def place(generator: nn.Module) -> tuple[torch.dtype, torch.device]:
 
 
 def signed(images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 images in [-1, 1], as a generator makes them."""
+    """Images in [-1, 1], as a generator makes them.
+
+    Args:
+        images: uint8 of any shape.
+        dtype: a floating-point type.
+
+    Returns:
+        A new tensor of the same shape in ``dtype``.
+
+    Raises:
+        TypeError: images that are not uint8.
+    """
     if images.dtype != torch.uint8:
         raise TypeError(f"images: got {images.dtype}, expected torch.uint8")
     return images.to(dtype).div_(127.5).sub_(1)
@@ -129,6 +148,12 @@ def normalised(images: Tensor, mean: Sequence[float], std: Sequence[float]) -> T
         images: floating-point ``(N, channels, H, W)``.
         mean, std: one number a channel, for pixels scaled to 0..1, as in
             :func:`ddfast.data.normalise`.
+
+    Returns:
+        A new tensor of the same shape and dtype.
+
+    Raises:
+        ValueError: mean or std of the wrong length.
     """
     for what, values in (("mean", mean), ("std", std)):
         if len(values) != images.shape[1]:

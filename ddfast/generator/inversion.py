@@ -38,10 +38,10 @@ class Inversion(NamedTuple):
     """Latents and how near their images come, image by image.
 
     Attributes:
-        latents: ``(N, latent_dim)``.
-        pixel_errors: ``(N,)``, mean squared differences of pixels in [-1, 1].
-        feature_errors: ``(N,)``, mean squared differences of features, over the mean square of all
-            real features; 0 without features.
+        latents: floating-point ``(N, latent_dim)``, in the dtype of the generator.
+        pixel_errors: ``(N,)`` in that dtype, mean squared differences of pixels in [-1, 1].
+        feature_errors: ``(N,)`` in that dtype, mean squared differences of features, over the mean
+            square of all real features; 0 without features.
     """
 
     latents: Tensor

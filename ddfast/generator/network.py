@@ -181,7 +181,15 @@ class Discriminator(nn.Module):
         _made(self, build, generator, (nn.Linear, nn.Conv2d, nn.Embedding))
 
     def forward(self, images: Tensor, labels: Tensor) -> Tensor:
-        """A score for each image: (N, channels, H, W) and (N,) -> (N,)."""
+        """A score for each image.
+
+        Args:
+            images: floating-point ``(N, channels, H, W)``.
+            labels: int64 ``(N,)`` in ``[0, classes)``.
+
+        Returns:
+            ``(N,)``, in the dtype of the images.
+        """
         x = images.contiguous(memory_format=torch.channels_last)
         for block in self.blocks:
             x = block(x)

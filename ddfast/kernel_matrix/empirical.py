@@ -65,19 +65,23 @@ def empirical_nngp(
 ) -> tuple[Tensor, Tensor]:
     """Kernel matrices of support images `x` with themselves and of target images `y` with x.
 
+    An unbiased estimate of the NNGP kernel (Loo et al., RFAD, NeurIPS 2022, section 3): the mean of
+    weight_var / F <phi(x), phi(x')> + bias_var over `count` networks with features phi(x), F of
+    them, before the last layer.
+
     Differentiable in x, once; a gradient with `create_graph=True` raises NotImplementedError. The
     memory does not depend on `count`, beyond what is kept because it fits (see `memory`).
 
     Args:
         x: (n, channels, H, W), float32 or float64, as the networks.
-        y: (m, channels, H, W), as x; constant.
+        y: (m, channels, H, W), in the dtype of x; constant.
         network: makes network number 0 .. count - 1, with a method `embed`, in the mode in which
             its features are taken; constant. Each is asked for once more in the backward pass and
             must then be the same. It may be one module whose weights are drawn anew, for a network
             is done with before the next one is asked for.
         count: M.
-        weight_var, bias_var: see above; the variances with which the networks were drawn, and of
-            the last layer.
+        weight_var, bias_var: the variances with which the networks were drawn, and of the last
+            layer, which is integrated out.
         normalise: divide by M F; else K is the plain sum of products with `weight_var`.
         precision: None for features in the dtype of x. "bfloat16" for a copy of the network in
             bfloat16, faster on GPUs and for networks that no fused operator serves; products and

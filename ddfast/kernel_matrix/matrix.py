@@ -58,8 +58,8 @@ def kernel_matrix(
     Args:
         x: (n, ...), images (n, channels, height, width) for a convolutional network; float32,
             float64, bfloat16 or float16, any strides.
-        y: (m, ...) with images of the same shape, on the same device; or None for x itself: half
-            the work, and an exactly symmetric matrix.
+        y: (m, ...) with images of the same shape, on the same device, of any of those dtypes; or
+            None for x itself: half the work, and an exactly symmetric matrix.
         kind: "ntk", the neural tangent kernel, or "nngp", the covariance of the outputs.
         net: one of the above.
         depth: ReLU layers; of `fc` also 0, the linear kernel.

@@ -16,10 +16,16 @@ CONVENTION = (
 
 
 def kernel_options(name: str) -> dict[str, Any]:
-    """The arguments of `ddfast.kernel_matrix.kernel_matrix` that a name stands for.
+    """The arguments that a name stands for, see `kernel_matrix`.
 
     `KIND-NETWORK`: ntk or nngp; `fcL`, `convL`, `convL-gap`, `convL-nopool`, `convL-nopool-gap`
     with L layers; or a network with layers of its own, such as `kip_convnet` or `myrtle5`.
+
+    Args:
+        name: such as "ntk-fc3" or "nngp-conv3-gap".
+
+    Returns:
+        kind and net; of fc the depth, too; of conv depth, pool and readout.
 
     Raises:
         TypeError, ValueError: no such name.

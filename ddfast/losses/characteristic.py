@@ -20,6 +20,8 @@ KEPT_BYTES = 64 << 20
 def characteristic_function(x: Tensor, t: Tensor | Frequencies) -> Tensor:
     """Empirical characteristic function: the mean of exp(j <t, x>) over the rows of x.
 
+    What NCFM compares (Wang et al., CVPR 2025, see `characteristic_function_distance`).
+
     One matrix product whose sines, cosines and sums are taken while a tile is in the cache; the
     matrix of rows x frequencies is stored for a backward only, and only up to 64 MiB. Rows may come
     in parts: the function of all is the mean of those of the parts, weighted by their rows. The
@@ -69,7 +71,8 @@ def characteristic_function_distance(
             or float16. Any strides; only the last one must be 1 to be read without a copy.
         t: the same frequencies for both, as for `characteristic_function`.
         alpha, beta: weights of amplitudes and phases; they need not add up to 1.
-        phi_y: instead of y, which is then None: `characteristic_function(y, t)`.
+        phi_y: instead of y, which is then None: `characteristic_function(y, t)`, (k, 2) or
+            (classes, k, 2), of any of those dtypes.
 
     Returns:
         Scalar, or (classes,). float64 if any tensor is, else float32.

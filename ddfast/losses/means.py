@@ -15,8 +15,9 @@ from ddfast.ops.registry import refuse_transforms
 def class_mean(x: Tensor, counts: Sequence[int] | None = None) -> Tensor:
     """Mean of the features of each class, in one pass over memory.
 
-    The slow equivalent is `x.mean(1)`, or a mean over each part of `x.split(counts)`. Derivatives
-    of every order; the gradient of a 3-D x is an expanded view.
+    What DM compares (Zhao, Bilen, WACV 2023, see `class_mean_distance`). The slow equivalent is
+    `x.mean(1)`, or a mean over each part of `x.split(counts)`. Derivatives of every order; the
+    gradient of a 3-D x is an expanded view.
 
     Args:
         x: (classes, n, d); or (N, d) with the rows of all classes, class 0 first, and `counts`.
@@ -52,7 +53,7 @@ def class_mean_distance(
         syn: (classes, n, d); or (N, d) with the rows of all classes, class 0 first, and
             `syn_counts`. float32, float64, bfloat16 or float16. Any strides; only the last one must
             be 1 to be read without a copy.
-        real: the same for the real features; n and dtype may differ from those of syn.
+        real: the real features, in shapes as those of syn; n and dtype may differ.
         syn_counts, real_counts: rows of each class of a 2-D set, each at least 1, N together.
 
     Returns:

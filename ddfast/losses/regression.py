@@ -43,13 +43,15 @@ def krr_loss(
     Args:
         k_ss: (n, n), the kernel matrix of the support (synthetic) set. Only its symmetric part is
             read, and its gradient is symmetric. float32, float64, bfloat16 or float16.
-        k_ts: (m, n), that of the target (real) with the support set, on the same device; any n, m.
-        y_s: (n, C), the support set's labels.
-        y_t: (m, C), the targets; for `cross_entropy` their argmax counts, or (m,) integer labels.
+        k_ts: (m, n), that of the target (real) with the support set, on the same device; any n, m,
+            and any of those dtypes.
+        y_s: (n, C), the support set's labels, of any of those dtypes.
+        y_t: (m, C), the targets, of any of those dtypes; for `cross_entropy` their argmax counts,
+            or (m,) integer labels.
         reg: the ridge in units of the mean diagonal element of k_ss. At 1e-6, near-duplicates in
             the support set ask for a kernel in float64, not only a solve.
         loss: one of the above.
-        scale: of `cross_entropy`, 0-d or a number; None is 0.
+        scale: of `cross_entropy`, 0-d and floating, or a number; None is 0.
         solve_dtype: float32 or float64, in which all is computed. None: float64, as KIP and RFAD;
             FRePo has float32.
         reduction: of `mse`, "mean" or "class_sum".

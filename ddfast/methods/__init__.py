@@ -13,7 +13,6 @@ from __future__ import annotations
 import csv
 import difflib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,42 +43,63 @@ from ddfast.methods import (
     rfad,
     tesla,
 )
-from ddfast.methods.config import Config, as_json, resolve
-from ddfast.methods.run import Diverged, Interrupted, Run, start
+from ddfast.methods.beginning import start
+from ddfast.methods.config import Config, as_json, resolve, setting
+from ddfast.methods.registration import Method, described, nothing, plug_in
+from ddfast.methods.run import Diverged, Interrupted, Run
 
-
-@dataclass(frozen=True)
-class Method:
-    """A method and what there is to know about it.
-
-    Attributes:
-        name: as on the command line.
-        title: of the paper, with authors, venue and year.
-        matches: the statistic that is matched.
-        protocol: by which the paper evaluates, see `ddfast.evaluate.protocol`.
-        status: how far it has been verified.
-        config: the class of its settings.
-        check, prepare, step: see the module's docstring.
-    """
-
-    name: str
-    title: str
-    matches: str
-    protocol: str
-    status: str
-    config: type[Config]
-    check: Callable[[Run], None]
-    prepare: Callable[[Run], Iterator[str]]
-    step: Callable[[Run], Tensor]
-
-
-def nothing(run: Run) -> Iterator[str]:
-    """The preparation of a method that needs none."""
-    return iter(())
+_registered: dict[str, Method] = {}
+"""Methods from outside, see `register`."""
 
 
 def methods() -> dict[str, Method]:
-    """Every method by its name."""
+    """Every method by its name: those of ddfast, then those that were registered."""
+    return _own() | _registered
+
+
+def register(
+    name: str,
+    config: type[Config],
+    step: Callable[[Run], Tensor],
+    *,
+    check: Callable[[Run], None] | None = None,
+    prepare: Callable[[Run], Iterator[str]] | None = None,
+    title: str = "",
+    matches: str = "",
+    protocol: str = "dm",
+) -> Method:
+    """Add a method of your own; from then on all of ddfast knows it by its name.
+
+    `docs/your-own-method.md` shows one from beginning to end. Where the same file or notebook cell
+    is run again, the method takes the place of the one that it registered before.
+
+    Args:
+        name: lower case, for `ddfast distill NAME` and `ddfast.distill.distill`.
+        config: its settings, a frozen dataclass derived from `Config` (or from the `Config` of
+            another method), with fields made by `setting`.
+        step: does one iteration, changes the synthetic set by `Run.update`, and returns the loss of
+            each class, (num_classes,).
+        check: refuses what cannot work, with a ValueError, before the first step.
+        prepare: does work before the first step, see the module's docstring.
+        title: of the paper.
+        matches: the statistic that is matched, in a few words.
+        protocol: by which to evaluate, one of `ddfast.evaluate.PROTOCOLS`.
+
+    Raises:
+        TypeError: a config that is not such a dataclass, functions that cannot be called with a
+            run.
+        ValueError: a name that is taken or not fit for a command line, an unknown protocol.
+    """
+    method = described(name, config, step, check, prepare, title, matches, protocol)
+    known = methods().get(name)
+    again = name in _registered and known is not None and known.status == method.status
+    if known is not None and not again:
+        raise ValueError(f"name: {name!r} is taken: {known.title}, {known.status}")
+    _registered[name] = method
+    return method
+
+
+def _own() -> dict[str, Method]:
     verified = "verified step by step against a literal loop"
     modules: dict[str, Any] = {
         "dm": dm,
@@ -139,6 +159,9 @@ def find(name: str) -> Method:
 def figures(name: str) -> list[dict[str, str]]:
     """Test accuracies measured with a method; `benchmarks/accuracy.py` of the source makes them.
 
+    Args:
+        name: of the method.
+
     Returns:
         One row for each data set and ipc: dataset, ipc, model, iterations, protocol; random,
         distilled and full, "mean ± standard deviation" in percent; seconds of distillation on so
@@ -159,6 +182,9 @@ __all__ = [
     "figures",
     "find",
     "methods",
+    "plug_in",
+    "register",
     "resolve",
+    "setting",
     "start",
 ]

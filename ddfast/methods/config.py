@@ -82,7 +82,7 @@ class Task(Settings):
 
     dataset: str = setting("name of the data set, such as digits or CIFAR10", group="task")
     data_path: str = setting("folder that holds its files", group="task", identity=False)
-    data_options: dict[str, Any] = setting(  # noqa: RUF009 a field, with a factory
+    data_options: dict[str, Any] = setting(
         'options of its reader, such as {"classes": 5}', {}, group="task"
     )
     seed: int = setting("every random number of the run follows from it", 0, group="task")
@@ -132,7 +132,7 @@ class Config(Task):
     momentum: float = setting("momentum of the synthetic images", 0.5, least=0, below=1)
 
     def published(self, dataset: Dataset) -> Mapping[str, Any]:
-        """The value of every field that may be left out, for this data set and `self.ipc`."""
+        """The value of every field that may be left out, for `dataset` and `self.ipc`."""
         return {
             "model": DIGITS_MODEL if dataset.name == "digits" else convnet_of(dataset.size),
             "parametrisation": "pixels",
@@ -143,8 +143,13 @@ class Config(Task):
     ) -> tuple[dict[str, Tensor], Tensor]:
         """What the run starts from: the tensors that it learns, by name, and the labels.
 
-        The one called `self.rows` has as many rows for each class, class 0 first, and each row
-        its label.
+        Args:
+            dataset: what is distilled.
+            generator: a CPU generator.
+
+        Returns:
+            Floating tensors of any shape, of which the one called `self.rows` has as many rows for
+            each class, class 0 first; and the labels of these rows, int64 (rows,).
         """
         return starting_set(
             dataset,
@@ -174,7 +179,7 @@ class Config(Task):
         """What an artefact keeps of a run: images, decoder_tensors, soft_labels and lr.
 
         Args:
-            tensors, state: of a `Run`.
+            tensors, state: as in `Run`.
         """
         learned = {name: tensor.detach().float() for name, tensor in tensors.items()}
         return {"images": learned.pop("images"), "decoder_tensors": learned}
@@ -189,11 +194,19 @@ class Config(Task):
         return "coefficients" if self.parametrisation == "bases" else "images"
 
     def optimiser(self, tensors: Mapping[str, Tensor]) -> torch.optim.Optimizer:
-        """Of the tensors that the run learns: SGD with lr_img, and lr_decoder for shared ones."""
+        """SGD with lr_img, and with lr_decoder for what the images share.
+
+        Args:
+            tensors: as in `Run`.
+        """
         return torch.optim.SGD(self.parameter_groups(tensors), self.lr_img, self.momentum)
 
     def parameter_groups(self, tensors: Mapping[str, Tensor]) -> list[dict[str, Any]]:
-        """What images are made of, with its learning rates, for a torch optimiser."""
+        """What images are made of, with its learning rates, for a torch optimiser.
+
+        Args:
+            tensors: as in `Run`.
+        """
         rows = self.rows
         groups: list[dict[str, Any]] = [{"params": [tensors[rows]], "lr": self.lr_img}]
         apart = rows, *self.beside
@@ -228,10 +241,21 @@ def filled(config: S, dataset: Dataset) -> S:
 def resolve(config: C, dataset: Dataset) -> C:
     """The config with every field that was left out set to its published value.
 
+    Args:
+        config: of a method.
+        dataset: what it is to distil; published values depend on it.
+
     Raises:
-        ValueError: the config names another data set.
+        ValueError: the config names another data set; a field without which no run can begin was
+            left out, and the method has no published value for it.
     """
     config = filled(config, dataset)
+    for name in ("model", "iterations", "init", "lr_img"):
+        if getattr(config, name) is None:
+            raise ValueError(
+                f"{name}: left out, and `published` of {type(config).__module__}.Config has no "
+                "value for it"
+            )
     storage = {"multi_formation": {"factor": 2}, "hallucinators": {"shared": 5}}
     storage["bases"] = {"shared": 16, "base_scale": 2}
     needed: dict[str, Any] = storage.get(config.parametrisation, {})
@@ -249,7 +273,10 @@ def dsa_strategy(dataset: Dataset) -> str:
 
 
 def as_json(config: Settings) -> dict[str, Any]:
-    """The fields as plain values that survive a round trip through JSON."""
+    """The fields of a config as plain values that survive a round trip through JSON.
+
+    Those that say only where things are, such as `data_path`, are left out.
+    """
     return {
         field.name: getattr(config, field.name)
         for field in dataclasses.fields(config)

@@ -60,7 +60,7 @@ class Config(Shared):
         An ipc without published loops has outer_loop = ipc and inner_loop = 500 // ipc, at least 1,
         which meets the published 10, 20 and 50.
         """
-        outer, inner = LOOPS.get(self.ipc, (self.ipc, max(1, 500 // self.ipc)))
+        outer, inner = loops(self.ipc)
         return {
             **super().published(dataset),
             "iterations": 1001,
@@ -69,6 +69,11 @@ class Config(Shared):
             "outer_loop": outer,
             "inner_loop": inner,
         }
+
+
+def loops(ipc: int) -> tuple[int, int]:
+    """outer_loop and inner_loop for so many images per class."""
+    return LOOPS.get(ipc, (ipc, max(1, 500 // ipc)))
 
 
 def check(run: Run) -> None:

@@ -73,6 +73,7 @@ class Config(network_pool.Config):
     learn_labels: bool = setting("learn the labels, too", True, aliases=("learn_label",))
     lr_y: float = setting("learning rate of the labels (lr_img)", above=0)
     use_flip: bool = setting("count every image mirrored as well")
+    zca: regression.Whitening = setting(regression.ZCA_HELP)
     precision: Literal["float32", "bfloat16"] = setting("of the features", "float32")
     solve_dtype: Literal["float32", "float64"] = setting("of the regression", "float32")
 
@@ -88,6 +89,7 @@ class Config(network_pool.Config):
         """
         digits = dataset.name == "digits"
         rate = 1e-2 if digits else 3e-4
+        pixels = self.parametrisation in (None, "pixels")
         blocks = convnet_of(dataset.size).removeprefix("ConvNet")
         return {
             **super().published(dataset),
@@ -97,6 +99,7 @@ class Config(network_pool.Config):
             "lr_img": rate,
             "lr_y": self.lr_img or rate,
             "use_flip": flips(dataset, self.ipc),
+            "zca": regression.published_whitening(dataset, "frepo") if pixels else "none",
         }
 
     def starting_set(

@@ -7,15 +7,32 @@ real images by `ddfast.losses.krr_loss`, and the features' kernels are `empirica
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from ddfast.data import Dataset
+from ddfast.data.whitening import problem
 from ddfast.methods.run import Decoded, Run
+
+Whitening = Literal["none", "kip", "rfad", "frepo", "mtt"]
+"""Whose recipe whitens all images, or that they are not whitened."""
+
+ZCA_HELP = "whitening of all images, fitted on the training images, by whose recipe"
 
 LABELS = "label_weights"
 """Name of the learned labels among a run's tensors."""
+
+
+def published_whitening(dataset: Dataset, mode: Whitening) -> Whitening:
+    """As the official code has it: of colour images. Grey ones stay as they are.
+
+    So do those that are too large for it, and the generated ones, which no paper has.
+    """
+    image = (dataset.channels, *dataset.size)
+    plain = dataset.channels == 1 or dataset.name == "generated"
+    return "none" if plain or problem(image, mode) else mode
 
 
 def centred(labels: Tensor, classes: int, dtype: torch.dtype = torch.float32) -> Tensor:

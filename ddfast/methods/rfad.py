@@ -20,8 +20,8 @@ The images are meant for kernel regression (protocol "krr") and for wide network
 normalisation trained as "rfad" says; networks of other kinds gain little from them.
 
 Unlike the official code: the images that are measured do not go through a last layer of 4096
-random units; grey images of 28 pixels are padded as elsewhere in ddfast. Whitening is no part of
-the method.
+random units; grey images of 28 pixels are padded as elsewhere in ddfast. Colour images are whitened
+as published (`zca`), and stay so in the artefact.
 """
 
 from __future__ import annotations
@@ -77,6 +77,7 @@ class Config(Shared):
     learn_labels: bool = setting("learn the labels, too", False)
     patience: int = setting("iterations without a smaller loss that end the run", 1000, least=1)
     precision: Literal["float32", "bfloat16"] = setting("of the features", "float32")
+    zca: regression.Whitening = setting(regression.ZCA_HELP)
 
     @property
     def beside(self) -> tuple[str, ...]:  # type: ignore[override]
@@ -99,6 +100,7 @@ class Config(Shared):
             "lr_img": 3e-3 if digits else 1e-3,
             "loss": "platt",
             "transform": pixels,
+            "zca": regression.published_whitening(dataset, "rfad") if pixels else "none",
         }
 
     def starting_set(

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from ddfast import nets
 from ddfast.augment import DSA
-from ddfast.data import ClassSampler, Dataset, whitened
-from ddfast.memory import activation_bytes, images_at_once
+from ddfast.data import ClassSampler, Dataset
+from ddfast.memory import images_at_once
 from ddfast.methods.config import Config
 from ddfast.random import generator
 from ddfast.synthetic import decode, repeats
@@ -65,16 +65,19 @@ class Run:
 
     Attributes:
         config: resolved; a method finds its own fields in it.
-        tensors: what is learned, by name. The one called `rows` has as many rows for each class,
-            class 0 first; `images` is (num_classes * ipc, channels, H, W) in most methods, in the
-            space that the config says. A checkpoint saves them.
-        state: tensors by name that the method keeps from one iteration to the next, such as
-            networks. A checkpoint saves them. A step that changes one puts a new tensor in its
-            place, and into a new mapping, at its end: a failed step leaves no trace.
-        labels: int64, of the rows.
-        real_images: uint8, the training images, on the run's device if they take little of it.
+        dataset: what is distilled.
+        tensors: what is learned, floating, by name. The one called `rows` has as many rows for each
+            class, class 0 first; `images` is (num_classes * ipc, channels, H, W) in most methods,
+            in the space that the config says. A checkpoint saves them.
+        state: tensors of any shape and dtype, by name, that the method keeps from one iteration to
+            the next, such as networks. A checkpoint saves them. A step that changes one puts a new
+            tensor in its place, and into a new mapping, at its end: a failed step leaves no trace.
+        labels: int64 (rows,), of the rows.
+        real_images: uint8 (N, channels, H, W), the training images, on the run's device if they
+            take little of it.
         optimiser: over `tensors`. A checkpoint saves its state.
         net: the network to match on; `fresh_net` draws its weights anew.
+        sampler: of training images, by class.
         augment: the run's DSA; the identity for methods without.
         memory: bytes a step may use for activations.
         activations: bytes of one image's, see `ddfast.memory`.
@@ -107,6 +110,7 @@ class Run:
 
     @property
     def images(self) -> Tensor:
+        """The tensor of that name, which most methods learn."""
         return self.tensors["images"]
 
     @property
@@ -121,6 +125,7 @@ class Run:
 
     @property
     def rows_per_class(self) -> int:
+        """How many rows of it a class has."""
         return len(self.labels) // self.dataset.num_classes
 
     @property
@@ -130,10 +135,12 @@ class Run:
 
     @property
     def device(self) -> torch.device:
+        """Where the run computes."""
         return self.tensors[self.rows].device
 
     @property
     def dtype(self) -> torch.dtype:
+        """That of the images, the network and all that is between them."""
         return self.tensors[self.rows].dtype
 
     def at_once(self, cost: float) -> int:
@@ -141,7 +148,12 @@ class Run:
         return images_at_once(self.activations, self.memory, cost)
 
     def generator(self, purpose: str, *step: int) -> torch.Generator:
-        """Random numbers for one purpose of this iteration; the same after a resume."""
+        """Random numbers for one purpose of this iteration; the same after a resume.
+
+        Args:
+            purpose: as for :func:`ddfast.random.generator`.
+            step: further integers, such as a class, where the purpose needs several.
+        """
         return generator(self.config.seed, purpose, self.iteration, *step)
 
     def fresh_net(self) -> nets.Network:
@@ -150,12 +162,26 @@ class Run:
         return self.net.train()
 
     def real(self, indices: Tensor) -> Tensor:
-        """Training images at these positions as networks see them, on the run's device."""
+        """Training images as networks see them, on the run's device.
+
+        Args:
+            indices: int64 (n,), their positions in the data set.
+
+        Returns:
+            (n, channels, H, W), in the run's dtype.
+        """
         images = self.real_images[indices.to(self.real_images.device)].to(self.device)
         return self.dataset.normalised(images, self.dtype)
 
     def normalised(self, images: Tensor) -> Tensor:
-        """Images of the config's space as networks take them."""
+        """Images of the config's space as networks take them.
+
+        Args:
+            images: floating (n, channels, H, W).
+
+        Returns:
+            The same shape and dtype; the very images where that is their space already.
+        """
         if self.config.space == "normalised":
             return images
         mean, std = (
@@ -175,7 +201,8 @@ class Run:
         other classes.
 
         Args:
-            tensors: in place of `self.tensors`.
+            first, end: classes.
+            tensors: in place of `self.tensors`, in their shapes and dtypes.
         """
         here = self.of_classes(first, end)
         leaves = {
@@ -192,7 +219,11 @@ class Run:
         return Decoded((first, end), leaves, images, labels[sources], counts, sources)
 
     def training_set(self) -> tuple[Tensor, Tensor]:
-        """All images as networks see them, outside any graph, and their labels."""
+        """All images as networks see them, outside any graph, and their labels.
+
+        Returns:
+            Images (N, channels, H, W) in the run's dtype, and int64 (N,).
+        """
         if self.make is not None:
             with torch.no_grad():
                 return self.make(self.tensors, self.labels), self.labels
@@ -200,7 +231,7 @@ class Run:
         return made.images.detach(), made.labels
 
     def no_gradients(self) -> dict[str, Tensor]:
-        """Zeros like the tensors that are learned, for `chain` to fill."""
+        """Zeros in the shapes of the tensors that are learned, for `chain` to fill."""
         return {name: torch.zeros_like(tensor) for name, tensor in self.tensors.items()}
 
     def chain(
@@ -209,9 +240,10 @@ class Run:
         """Bring a gradient back to what the images are made of, and add it there.
 
         Args:
-            gradients: of all tensors.
-            outputs: computed from `made.images`.
-            by_outputs: gradient of the loss with respect to them.
+            gradients: of all tensors, in their shapes and dtypes.
+            made: the images, see :meth:`decoded`.
+            outputs: floating, of any shape, computed from `made.images`.
+            by_outputs: gradient of the loss with respect to them, in their shape and dtype.
         """
         found = torch.autograd.grad(outputs, list(made.leaves.values()), by_outputs)
         for name, part in zip(made.leaves, found, strict=True):
@@ -230,8 +262,9 @@ class Run:
         """One optimiser step on what is learned, unless something is not finite.
 
         Args:
-            gradients: of the summed losses with respect to `images`, or to each tensor by name.
-            losses: (num_classes,).
+            gradients: of the summed losses with respect to `images`, or to each tensor by name, in
+                their shapes and dtypes.
+            losses: (num_classes,), floating.
             moment: where in the iteration, for the message.
             step: makes the step from the tensors' `grad`; None for the optimiser's.
 
@@ -337,58 +370,3 @@ def refuse_batchnorm(
             f"model: {run.config.model} has batch normalisation, {why}; {method} is offered for "
             "instance and group normalisation"
         )
-
-
-def start(
-    config: Config,
-    dataset: Dataset,
-    memory: int,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Run:
-    """A run at iteration 0, from a resolved config.
-
-    Raises:
-        ValueError: unknown model, too large an ipc, an empty class; whitening of images that are
-            not stored as pixels of normalised images.
-    """
-    zca = getattr(config, "zca", "none")
-    if zca != "none" and (config.parametrisation, config.space) != ("pixels", "normalised"):
-        raise ValueError(
-            f"zca: got {zca!r} with parametrisation {config.parametrisation}; whitened images are "
-            "stored as pixels"
-        )
-    dataset = whitened(dataset, zca)
-    net = nets.build(
-        config.model,
-        dataset.channels,
-        dataset.num_classes,
-        dataset.size,
-        generator(config.seed, "network"),
-    )
-    net = net.to(device, dtype)
-    tensors, labels = config.starting_set(dataset, generator(config.seed, "images"))
-    tensors = {  # float64 stays what it is
-        name: t.to(device, torch.promote_types(t.dtype, dtype)).requires_grad_()
-        for name, t in tensors.items()
-    }
-    return Run(
-        config=config,
-        dataset=dataset,
-        tensors=tensors,
-        labels=labels.to(device),
-        real_images=_near(dataset.train_images, torch.device(device)),
-        optimiser=config.optimiser(tensors),
-        net=net,
-        sampler=ClassSampler(dataset.train_labels, dataset.num_classes),
-        augment=config.augmentation(),
-        memory=memory,
-        activations=activation_bytes(net, (dataset.channels, *dataset.size)),
-    )
-
-
-def _near(images: Tensor, device: torch.device) -> Tensor:
-    """The images on the GPU if they fill less than a quarter of what is free, else as they are."""
-    if device.type != "cuda" or images.numel() > torch.cuda.mem_get_info(device)[0] // 4:
-        return images
-    return images.to(device)

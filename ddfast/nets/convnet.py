@@ -37,6 +37,8 @@ class ConvNet(Network):
         activation: ``"relu"``, ``"leakyrelu"`` (slope 0.01), ``"sigmoid"`` or ``"swish"``
             (x * sigmoid(x)).
         pooling: ``"avgpooling"``, ``"maxpooling"`` or ``"none"``.
+        prepended: one more block without pooling in front, as KIP's ConvNet has it (Nguyen et al.,
+            NeurIPS 2021).
 
     Raises:
         ValueError: an unknown setting; a depth that would pool the image away; a width that 4
@@ -56,6 +58,7 @@ class ConvNet(Network):
         norm: str = "instancenorm",
         activation: str = "relu",
         pooling: str = "avgpooling",
+        prepended: bool = False,
     ) -> None:
         super().__init__()
         extra = margin(channels, size)
@@ -69,13 +72,14 @@ class ConvNet(Network):
         if norm == "instancenorm" and height * side == 1:
             raise ValueError("instance normalisation of a 1x1 plane is constant: use another norm")
         layers: list[nn.Module] = []
-        for block in range(depth):
+        kinds = ["none"] * prepended + [pooling] * depth
+        for block, kind in enumerate(kinds):
             inputs, padding = (width, 1) if block else (channels, 1 + extra)
             layers.append(nn.Conv2d(inputs, width, 3, padding=padding))
             layers.extend(_some(normalisation(norm, (width, height, side))))
             layers.append(_activation(activation))
-            layers.extend(_some(_pooling(pooling)))
-            if pooling != "none":
+            layers.extend(_some(_pooling(kind)))
+            if kind != "none":
                 height, side = height // 2, side // 2
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Linear(width * height * side, classes)

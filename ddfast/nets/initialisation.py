@@ -123,6 +123,10 @@ def initialise_wide(
     Linear and convolutional layers: weights N(0, weight_var / fan_in), biases N(0, bias_var). All
     else as :func:`initialise`.
 
+    Args:
+        net, generator: as there.
+        weight_var, bias_var: see above.
+
     Raises:
         TypeError, ValueError: as :func:`initialise`; a variance that is negative or not finite.
     """
@@ -143,5 +147,8 @@ def has_batchnorm(net: nn.Module) -> bool:
 
     Such a network answers differently in training and evaluation mode, changes its buffers in
     every training forward, and makes the images of a batch depend on each other.
+
+    Args:
+        net: any module.
     """
     return any(isinstance(module, _BATCHNORM) for module in net.modules())

@@ -14,9 +14,10 @@ class ConvNetOptions(NamedTuple):
     norm: str = "instancenorm"
     activation: str = "relu"
     pooling: str = "avgpooling"
+    prepended: bool = False
 
 
-_WORDS: dict[str, tuple[str, str]] = {
+_WORDS: dict[str, tuple[str, str | bool]] = {
     "IN": ("norm", "instancenorm"),
     "BN": ("norm", "batchnorm"),
     "LN": ("norm", "layernorm"),
@@ -29,6 +30,7 @@ _WORDS: dict[str, tuple[str, str]] = {
     "MP": ("pooling", "maxpooling"),
     "AP": ("pooling", "avgpooling"),
     "NP": ("pooling", "none"),
+    "PC": ("prepended", True),
 }
 # ASwish before AS: the alternatives are tried in this order.
 _SUFFIX = re.compile(
@@ -39,7 +41,8 @@ SUFFIXES = (
     "D<depth> W<width>, "
     "norm IN (instance) BN (batch) LN (layer) GN (4 groups) NN (none), "
     "activation AR (relu) AL (leaky relu) AS (sigmoid) ASwish, "
-    "pooling AP (average) MP (max) NP (none)"
+    "pooling AP (average) MP (max) NP (none), "
+    "PC (one more convolution in front)"
 )
 
 
@@ -54,10 +57,10 @@ def widening_options(name: str) -> dict[str, Any]:
     """
     options = convnet_options(name, "FRePoNet", norm="batchnorm")
     defaults = ConvNetOptions()
-    if (options.activation, options.pooling) != (defaults.activation, defaults.pooling):
+    if options[3:] != defaults[3:]:
         raise ValueError(
-            f"the network name {name!r} has an activation or pooling, and FRePoNet has ReLU and "
-            "average pooling always"
+            f"the network name {name!r} has an activation, a pooling or PC, and FRePoNet has ReLU "
+            "and average pooling always"
         )
     return {"depth": options.depth, "width": options.width, "norm": options.norm}
 
@@ -68,11 +71,12 @@ def convnet_options(
     """Read a ConvNet name: ``ConvNet`` and any suffixes, in any order, each setting at most once.
 
     >>> convnet_options("ConvNetD4BN")
-    ConvNetOptions(depth=4, width=128, norm='batchnorm', activation='relu', pooling='avgpooling')
+    ConvNetOptions(depth=4, width=128, norm='batchnorm', activation='relu', pooling='avgpooling', \
+prepended=False)
 
     The depth is 3 unless the name says otherwise, whatever the image size (the field writes
-    ``ConvNetD4`` for 64x64 images and ``ConvNetD5`` for 128x128). `norm` is that of names
-    that give none, `prefix` what they start with.
+    ``ConvNetD4`` for 64x64 images and ``ConvNetD5`` for 128x128). ``ConvNetW1024NNPC`` is the
+    finite network of KIP. `norm` is that of names that give none, `prefix` what they start with.
 
     Raises:
         ValueError: the name does not start with ``ConvNet``, a suffix is not known, or two
@@ -90,7 +94,7 @@ def convnet_options(
             )
         letter, number, word = match.groups()
         setting: str
-        value: int | str
+        value: int | str | bool
         if word is None:
             setting, value = ("depth" if letter == "D" else "width"), int(number)
         else:

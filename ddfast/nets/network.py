@@ -26,11 +26,25 @@ class Network(nn.Module):
         def classifier(self) -> nn.Linear: ...
 
     def embed(self, images: Tensor) -> Tensor:
-        """Features before the last linear layer: (N, channels, H, W) -> (N, features)."""
+        """Features before the last linear layer.
+
+        Args:
+            images: (N, channels, H, W), in the dtype of the parameters.
+
+        Returns:
+            (N, features).
+        """
         raise NotImplementedError(f"{type(self).__name__} does not define embed(images)")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Logits: (N, channels, H, W) -> (N, classes)."""
+        """Logits.
+
+        Args:
+            images: as for :meth:`embed`.
+
+        Returns:
+            (N, classes).
+        """
         return self.classifier(self.embed(images))
 
 

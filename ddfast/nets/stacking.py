@@ -11,6 +11,9 @@ from torch import Tensor, nn
 def stack(nets: Sequence[nn.Module]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Stack the parameters and buffers of K networks that differ in nothing but their values.
 
+    Args:
+        nets: K modules of one architecture and mode.
+
     Returns:
         ``(parameters, buffers)``: each name of the state dict with a new tensor of shape
         (K, *shape). Parameters are leaves that require gradients if those of ``nets`` do.

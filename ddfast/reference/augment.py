@@ -27,6 +27,7 @@ from torch import Tensor
 from ddfast.reference.gradient_distance import accumulator
 
 OPERATIONS = ("color", "crop", "cutout", "flip", "scale", "rotate")
+"""In the order of their numbers, the first column of a record."""
 
 #: Larger parameters are refused: they mean nothing, and shifts must stay exact as integers.
 LARGEST_PARAMETER = 1e9

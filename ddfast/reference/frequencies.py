@@ -34,6 +34,8 @@ GROUP, BLOCKS = 64, 16
 class Frequencies:
     """Frequencies from N(0, scale^2), generated where they are used and never stored.
 
+    The distribution of NCFM (Wang et al., CVPR 2025) without a sampling network.
+
     Attributes:
         count: of the frequencies of a class.
         seed: 0 .. 2^63 - 1; the same seed gives the same frequencies.

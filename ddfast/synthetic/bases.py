@@ -28,6 +28,9 @@ def per_class(
     The largest r with K (H/s) (W/s) channels + C r K <= C ipc H W channels.
 
     Args:
+        ipc: images of each class, whose storage is to be filled.
+        classes, channels: C, and those of an image.
+        size: (H, W) of the images, in pixels.
         bases: K.
         scale: s.
 
@@ -65,6 +68,12 @@ def noise(
 ) -> tuple[Tensor, Tensor]:
     """Normal bases, and coefficients with which an image has unit variance before upsampling.
 
+    Args:
+        bases: how many.
+        rows: of coefficients, one for each image.
+        channels, size, scale: as for `per_class`.
+        generator: a CPU generator.
+
     Returns:
         Bases float32 (bases, channels, ceil(H/s), ceil(W/s)) and coefficients (rows, bases).
     """
@@ -81,7 +90,9 @@ def fitted(images: Tensor, bases: int, scale: int) -> tuple[Tensor, Tensor]:
     keeps a coefficient that is not.
 
     Args:
-        images: (rows, channels, H, W), float.
+        images: (rows, channels, H, W), floating.
+        bases: how many.
+        scale: s.
 
     Returns:
         As `noise`.
@@ -101,8 +112,8 @@ def combine(bases: Tensor, coefficients: Tensor, size: tuple[int, int]) -> Tenso
     """The images of some rows of coefficients.
 
     Args:
-        bases: (K, channels, h, w).
-        coefficients: (N, K).
+        bases: (K, channels, h, w), floating.
+        coefficients: (N, K), in the dtype of the bases.
         size: (H, W) of the images.
 
     Returns:

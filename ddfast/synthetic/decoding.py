@@ -32,7 +32,15 @@ SETTINGS = {
 
 
 def check_decoder(recipe: Mapping[str, Any], size: tuple[int, int]) -> None:
-    """Raise ValueError unless `decode` can follow the recipe for stored (height, width)."""
+    """Raise unless `decode` can follow a recipe.
+
+    Args:
+        recipe: see there.
+        size: (H, W) of the stored images, in pixels.
+
+    Raises:
+        ValueError: naming what cannot be followed.
+    """
     settings = dict(recipe)
     name = settings.pop("name", None)
     if name not in SETTINGS:
@@ -56,12 +64,20 @@ def check_decoder(recipe: Mapping[str, Any], size: tuple[int, int]) -> None:
 
 
 def labelled(recipe: Mapping[str, Any] | None) -> str:
-    """The tensor that has a row for each label: "images", but for shared bases "coefficients"."""
+    """The tensor that has a row for each label: "images", but for shared bases "coefficients".
+
+    Args:
+        recipe: as for `decode`.
+    """
     return "coefficients" if recipe is not None and recipe["name"] == "bases" else "images"
 
 
 def repeats(recipe: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]) -> int:
-    """Images that are made of one row, at most."""
+    """Images that are made of one row, at most.
+
+    Args:
+        recipe, tensors: as for `decode`.
+    """
     if recipe is None or recipe["name"] == "bases":
         return 1
     if recipe["name"] == "hallucinators":
@@ -81,14 +97,16 @@ def decode(
     """Decode what is stored, class after class.
 
     Args:
-        recipe: see above; None: the images as they are.
-        images: (N, channels, H, W).
+        recipe: the decoder's "name" ("multi_formation", "hallucinators" or "bases") with its
+            settings; None: the images as they are.
+        images: (N, channels, H, W), floating.
         counts: rows of each class, of the images or of what else is `labelled`.
-        tensors: what the recipe needs beside the images.
+        tensors: what the recipe needs beside the images, in their dtype: for hallucinators in the
+            shapes of `ddfast.synthetic.hallucinators.start`, for bases "coefficients" (rows, N).
 
     Returns:
-        The images to train on, class after class, differentiable in the images and tensors; and
-        for each of them the row that it came from, int64.
+        The images to train on, (M, channels, H, W), class after class, differentiable in the images
+        and tensors; and for each of them the row that it came from, int64 (M,).
 
     Raises:
         ValueError: a recipe that cannot be followed.

@@ -40,7 +40,8 @@ def start(
         base_channels: of the bases; None: as many as the images have.
 
     Returns:
-        float32 tensors by `NAMES`. For 3x32x32 they hold 5568 numbers a hallucinator.
+        float32 tensors by `NAMES`, such as (number, channels, base_channels, 3, 3) for the inner
+        weights. For 3x32x32 they hold 5568 numbers a hallucinator.
 
     Raises:
         ValueError: no hallucinator; images below 3 pixels.
@@ -72,8 +73,8 @@ def hallucinate(bases: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
     """Every base through every hallucinator.
 
     Args:
-        bases: (N, channels, H, W).
-        tensors: as `start` makes them, in the dtype of the bases.
+        bases: (N, channels, H, W), floating.
+        tensors: in the shapes in which `start` makes them, in the dtype of the bases.
 
     Returns:
         (N * number, channels, H, W), the images of one base after each other. Differentiable to

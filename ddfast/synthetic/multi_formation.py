@@ -26,6 +26,8 @@ from ddfast.reference.multi_formation import crop_side
 __all__ = ["KINDS", "decode", "decoded_count", "initialise", "quadrants", "subsample"]
 
 KINDS = ("single", "multi", "bound")
+"""Ways to cut images into crops, see `decode`."""
+
 INITS = ("random", "mix", "noise")
 FILL = 0.5  # mid-grey, where a factor does not divide the side
 
@@ -62,7 +64,15 @@ def _plan(count: int, factor: int, kind: str, bound: int) -> list[tuple[int, int
 
 
 def decoded_count(ipc: int, factor: int, kind: str = "single", bound: int = 128) -> int:
-    """How many images `decode` makes of a class's `ipc` images; arguments as there."""
+    """How many images `decode` makes of a class's images.
+
+    Args:
+        ipc: stored images of the class.
+        factor, kind, bound: as for `decode`.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type or out of range; it is named.
+    """
     _check(factor, kind, bound)
     if ipc < 0:
         raise ValueError(f"ipc: got {ipc}, expected at least 0")
@@ -105,7 +115,7 @@ def decode(
 
     Args:
         images: (N, channels, H, W), in [0, 1], class after class; any floating dtype.
-        labels: (N,), one for each.
+        labels: (N,) integers, one for each.
         factor: crops per side. 1: the images and labels themselves.
         kind: "single", as above; "multi", the crops of every factor from 1 to this one; "bound", a
             mix in which the first images of each class get this factor and later ones smaller
@@ -115,10 +125,10 @@ def decode(
         fill: grey for images in [0, 1]; normalised ones have 0 there.
 
     Returns:
-        Images, class after class as before, their labels, and the number of each class. Within a
-        class the crops of one image follow each other in rows (the published code has all images of
-        a crop together; no loss depends on it); "multi" starts with factor 1, "bound" with the
-        largest.
+        Images (M, channels, H, W), class after class as before, their labels (M,), and the number
+        of each class. Within a class the crops of one image follow each other in rows (the
+        published code has all images of a crop together; no loss depends on it); "multi" starts
+        with factor 1, "bound" with the largest.
 
     Raises:
         TypeError, ValueError: an argument that is out of range or does not fit the others.
@@ -170,11 +180,14 @@ def quadrants(images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     continued with zeros, the mean of normalised images.
 
     Args:
-        images: (N, channels, H, W).
-        labels: (N,).
+        images: (N, channels, H, W), floating.
+        labels: (N,) integers.
 
     Returns:
         (4 N, channels, H, W), and the labels four times over.
+
+    Raises:
+        ValueError: images or labels of another shape or type.
     """
     _check_set(images, labels)
     rows_first = multi_formation(images, 2, "crop", 0.0).unflatten(0, (4, len(images)))
@@ -191,12 +204,18 @@ def subsample(
     """At most `batch_syn_max` images of each class, drawn at random without replacement.
 
     Args:
-        images, labels, counts: what `decode` returned.
+        images: (N, channels, H, W), floating, as all three what `decode` returned.
+        labels: (N,) integers.
+        counts: images of each class.
         batch_syn_max: the published default is 128; 0 or less: all.
         generator: a CPU generator; it moves only for classes that have too many.
 
     Returns:
-        As the arguments; the very same tensors if no class has too many.
+        Images (M, channels, H, W), labels and counts; the arguments themselves if no class has too
+        many.
+
+    Raises:
+        ValueError: images, labels or counts that do not fit together.
     """
     _check_set(images, labels)
     counts = _classes(labels, counts, len(images))
@@ -269,6 +288,7 @@ def initialise(
         int64.
 
     Raises:
+        TypeError: a factor that is not an integer.
         ValueError: an unknown option, ipc or factor below 1, or a class with too few images: ipc
             for "random", ipc * factor^2 for "mix".
     """

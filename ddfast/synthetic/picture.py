@@ -29,6 +29,10 @@ def _chunk(kind: bytes, content: bytes) -> bytes:
 def write_png(path: str | os.PathLike[str], pixels: np.ndarray) -> Path:
     """Write uint8 pixels, ``(H, W)`` for grey or ``(H, W, 3)`` for RGB, whole or not at all.
 
+    Args:
+        path: an existing file is replaced at once.
+        pixels: what to write.
+
     Raises:
         TypeError, ValueError: pixels of another type or shape.
         FileNotFoundError, PermissionError: the folder does not exist or cannot be written.

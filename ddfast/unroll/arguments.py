@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 
 ADJOINTS = ("exact", "frozen", "graph")
+"""Ways to differentiate a student's training, see `ddfast.unroll.final_parameters`."""
+
 SOFT = ("probabilities", "logits")
 
 

@@ -2,7 +2,8 @@
 
 A state is a tuple of vectors, the parameters first. `pull` is the derivative of one step: from the
 adjoint of the state after it to the direction along which the gradient of that step counts, and to
-the adjoint of the state before it, all but the part that goes through the gradient itself.
+the adjoint of the state before it, all but the part that goes through the gradient itself. All
+tensors are of the student's floating dtype.
 """
 
 from __future__ import annotations
@@ -40,6 +41,9 @@ class SGD:
 
     The adjoint with momentum is that of Deng and Russakovsky (NeurIPS 2022).
 
+    Attributes:
+        momentum: 0 for none.
+
     Raises:
         ValueError: a momentum outside [0, 1).
     """
@@ -51,26 +55,61 @@ class SGD:
             raise ValueError(f"momentum: got {self.momentum!r}, expected a number in [0, 1)")
 
     def begin(self, theta: Tensor) -> State:
+        """The state before the first step.
+
+        Args:
+            theta: (P,), floating: the parameters.
+
+        Returns:
+            (P,) tensors: the parameters, and with momentum b = 0.
+        """
         return (theta, torch.zeros_like(theta)) if self.momentum else (theta,)
 
     def step(self, state: State, gradient: Tensor, lr: Tensor, number: int) -> State:
+        """The state after a step.
+
+        Args:
+            state: before it.
+            gradient: (P,), floating, of the loss by the parameters.
+            lr: 0-d, floating.
+            number: of the step, from 0.
+        """
         if not self.momentum:
             return (state[0] - lr * gradient,)
         b = self.momentum * state[1] + gradient
         return state[0] - lr * b, b
 
     def record(self, before: State, gradient: Tensor, after: State, learns_lr: bool) -> State:
-        """What `pull` needs: theta, and with momentum b if the learning rate has a derivative."""
+        """What `pull` needs: theta, and with momentum b if the learning rate has a derivative.
+
+        Args:
+            before, after: the states around a step.
+            gradient: (P,), floating, of that step.
+            learns_lr: whether the learning rate has a derivative.
+        """
         return (before[0], after[1]) if self.momentum and learns_lr else (before[0],)
 
     def vectors(self, learns_lr: bool) -> int:
-        """How many (P,) a record is."""
+        """How many (P,) a record is; `learns_lr` as there."""
         return 2 if self.momentum and learns_lr else 1
 
     def adjoint(self, by_theta: Tensor) -> State:
+        """The adjoint of the state after the last step.
+
+        Args:
+            by_theta: (P,), floating: the derivative of the loss by the parameters there.
+        """
         return self.begin(by_theta)
 
     def pull(self, adjoint: State, record: State, lr: Tensor, number: int) -> Pulled:
+        """The derivative of a step.
+
+        Args:
+            adjoint: of the state after it.
+            record: of it.
+            lr: 0-d, floating, its learning rate.
+            number: of the step, from 0.
+        """
         a = adjoint[0]
         if not self.momentum:
             return Pulled(a, -lr, (a,), None)
@@ -81,7 +120,13 @@ class SGD:
 
 @dataclass(frozen=True)
 class Adam:
-    """As `torch.optim.Adam` without weight decay. Its state begins at zero at the first step.
+    """As `torch.optim.Adam` (Kingma and Ba, ICLR 2015) without weight decay.
+
+    Its state begins at zero at the first step.
+
+    Attributes:
+        betas: of the running means of the gradient and of its square.
+        eps: added to the root of the latter.
 
     Raises:
         ValueError: betas outside [0, 1), eps not above 0.
@@ -97,25 +142,29 @@ class Adam:
             raise ValueError(f"eps: got {self.eps!r}, expected a number above 0")
 
     def begin(self, theta: Tensor) -> State:
+        """The parameters and the two means, which are 0; as :meth:`SGD.begin`."""
         return theta, torch.zeros_like(theta), torch.zeros_like(theta)
 
     def step(self, state: State, gradient: Tensor, lr: Tensor, number: int) -> State:
+        """The state after a step; as :meth:`SGD.step`."""
         theta, m, s = state
         m, s = self._moments(m, s, gradient)
         return theta - lr * self._move(m, s, number)[0], m, s
 
     def record(self, before: State, gradient: Tensor, after: State, learns_lr: bool) -> State:
-        """theta, m and s before the step, and its gradient."""
+        """theta, m and s before the step, and its gradient; as :meth:`SGD.record`."""
         return (*before, gradient)
 
     def vectors(self, learns_lr: bool) -> int:
-        """How many (P,) a record is."""
+        """How many (P,) a record is, whatever `learns_lr`."""
         return 4
 
     def adjoint(self, by_theta: Tensor) -> State:
+        """The adjoint of the state after the last step; as :meth:`SGD.adjoint`."""
         return self.begin(by_theta)
 
     def pull(self, adjoint: State, record: State, lr: Tensor, number: int) -> Pulled:
+        """The derivative of a step; as :meth:`SGD.pull`."""
         (a, a_m, a_s), (_, m, s, gradient) = adjoint, record
         first, second = self.betas
         m, s = self._moments(m, s, gradient)
@@ -146,3 +195,4 @@ class Adam:
 
 
 Optimiser = SGD | Adam
+"""What a student may be trained with."""

@@ -95,10 +95,11 @@ def final_parameters(
     Args:
         net: any classifier, in the mode in which it is to be trained; ddfast's ConvNet runs on
             fused operators.
-        start: (P,), the parameters before the first step, in the order of `net.parameters()`.
-        images: (N, channels, H, W).
-        labels: (N,) int64; or (N, classes), soft ones, see `soft`.
-        lr: the step size, a number, 0-d, or (T,), one for each step.
+        start: (P,), floating, the parameters before the first step, in the order of
+            `net.parameters()`.
+        images: (N, channels, H, W), in the dtype and on the device of start.
+        labels: (N,) int64; or (N, classes), soft ones in the dtype of start, see `soft`.
+        lr: the step size, a number, or floating and 0-d, or (T,), one for each step.
         batches: T int64 vectors of positions in `images`, each not empty; repetitions are fine.
         adjoint: "exact"; "frozen": every theta_i held constant in the gradient of its step, as
             TESLA does; "graph": exact by autograd, with the graphs of all steps in memory.

@@ -147,6 +147,65 @@ def test_an_artefact_keeps_it(mode, tmp_path):
     assert (tmp_path / "set").read_bytes() == again
 
 
+def wide_pixels(count: int, height: int = 6, width: int = 9, seed: int = 0) -> torch.Tensor:
+    random = torch.Generator().manual_seed(seed)
+    low = torch.rand((count, 2, height, width), generator=random)
+    return (255 * (low + low.roll(1, 3) + low.roll(1, 2)) / 3).to(torch.uint8)
+
+
+def test_blocks_of_large_images(monkeypatch, tmp_path):
+    """FRePo's: each position less its mean, then one matrix for all blocks."""
+    monkeypatch.setattr("ddfast.data.whitening.BLOCK", 3)
+    images, others = wide_pixels(30), wide_pixels(5, seed=1)
+    x, z = (normalise(t, MEAN, STD, torch.float64).numpy() for t in (images, others))
+    x, z = x - x.mean(0), z - x.mean(0)
+    corners = [(top, left) for top in (0, 3) for left in (0, 3, 6)]
+    parts = [x[:, :, top : top + 3, left : left + 3].reshape(30, 18) for top, left in corners]
+    covariance = np.mean([part.T @ part / 30 for part in parts], 0)
+    values, vectors = np.linalg.eigh(covariance)
+    matrix = vectors @ np.diag(1 / np.sqrt(values + 0.1 * values.mean())) @ vectors.T
+    expected = np.empty_like(z)
+    for top, left in corners:
+        block = z[:, :, top : top + 3, left : left + 3].reshape(5, 18)
+        expected[:, :, top : top + 3, left : left + 3] = (block @ matrix).reshape(5, 2, 3, 3)
+
+    fitted = fit_whitening(images, MEAN, STD, "frepo")
+    assert (fitted.block, tuple(fitted.matrix.shape), fitted.size) == (3, (18, 18), 108)
+    given = normalise(others, MEAN, STD, torch.float64)
+    found = fitted(given)
+    torch.testing.assert_close(found, torch.from_numpy(expected), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(fitted.inverse(found), given, rtol=1e-5, atol=1e-5)
+    monkeypatch.setattr("ddfast.data.whitening.CHUNK", 108 * 7)
+    torch.testing.assert_close(fit_whitening(images, MEAN, STD, "frepo").matrix, fitted.matrix)
+
+    made = Artefact(
+        images=fitted(normalise(images, MEAN, STD)), labels=torch.arange(30) % 2,
+        space="normalised", mean=MEAN, std=STD, class_names=("a", "b"), dataset="toy",
+        method="frepo", config={}, seed=0, whitening=fitted,
+    )  # fmt: skip
+    made.save(tmp_path / "set")
+    loaded = Artefact.load(tmp_path / "set")
+    assert loaded.whitening.block == 3
+    assert torch.equal(loaded.to_pixels(), images)
+
+
+def test_blocks_that_do_not_fit(monkeypatch):
+    monkeypatch.setattr("ddfast.data.whitening.BLOCK", 3)
+    with pytest.raises(ValueError, match="are 6x8; mode frepo has blocks of 3 pixels a side"):
+        fit_whitening(wide_pixels(5, width=8), MEAN, STD, "frepo")
+    same = torch.full((4, 2, 6, 6), 9, dtype=torch.uint8)
+    with pytest.raises(ValueError, match="all alike"):
+        fit_whitening(same, MEAN, STD, "frepo")
+    fitted = fit_whitening(wide_pixels(20), MEAN, STD, "frepo")
+    with pytest.raises(ValueError, match="multiples of 3"):
+        fitted(torch.zeros(1, 2, 27, 2))
+    for block in (-1, True, 2.0):
+        with pytest.raises(ValueError, match="block must be an integer of at least 0"):
+            Whitening("own", torch.zeros(8), torch.eye(8), block=block)
+    with pytest.raises(ValueError, match="blocks of 3 pixels a side do not divide"):
+        Whitening("own", torch.zeros(8), torch.eye(8), block=3)
+
+
 @pytest.mark.parametrize(
     ("changes", "kind", "message"),
     [

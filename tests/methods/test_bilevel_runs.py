@@ -14,7 +14,8 @@ from ddfast.artefact import Artefact
 from ddfast.cli import main
 from ddfast.distill import distill, loop
 from ddfast.evaluate import compare, evaluate, train_networks
-from ddfast.evaluate.protocols import by_own_schedule, protocol
+from ddfast.evaluate.presets import protocol
+from ddfast.evaluate.protocols import by_own_schedule
 from ddfast.methods import dd
 from ddfast.methods.pretrained import flattened
 from ddfast.random import generator

@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from ddfast import methods, nets
 from ddfast.artefact import Artefact
-from ddfast.data import normalise
 from ddfast.distill import distill, loop
 from ddfast.methods import Diverged, frepo, network_pool
 from ddfast.random import generator
@@ -67,7 +66,7 @@ def literal(run, iterations: int) -> tuple[Tensor, Tensor, list[float], list[int
         net, adam = pool[slot]
         order = torch.randperm(18, generator=generator(0, "real images", it // 3))
         rows = order.split(7)[it % 3]
-        t = normalise(data.train_images[rows], data.mean, data.std, torch.float64)
+        t = data.normalised(data.train_images[rows], torch.float64)
         y_t = F.one_hot(data.train_labels[rows], 3).double() - 1 / 3
         x.requires_grad_()
         y.requires_grad_()

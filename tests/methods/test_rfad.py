@@ -13,7 +13,6 @@ from torch.nn import functional as F
 
 from ddfast import methods, nets
 from ddfast.artefact import Artefact
-from ddfast.data import normalise
 from ddfast.distill import distill, loop
 from ddfast.methods import Diverged, rfad
 from ddfast.random import generator
@@ -44,7 +43,7 @@ def belief(x: Tensor, g: Tensor, state: dict[str, Any], lr: float) -> Tensor:
 def loss_of(run, x: Tensor, y: Tensor, k: Tensor | None, rows: Tensor, networks) -> Tensor:
     """One graph of all networks side by side."""
     data = run.dataset
-    t = normalise(data.train_images[rows], data.mean, data.std, torch.float64)
+    t = data.normalised(data.train_images[rows], torch.float64)
     phi = torch.cat([net.embed(x) for net in networks], 1)
     phi_t = torch.cat([net.embed(t) for net in networks], 1).detach()
     kernel, to = (2 * p @ phi.mT / phi.shape[1] + 0.01 for p in (phi, phi_t))
@@ -141,7 +140,7 @@ def test_networks_are_fresh_in_every_iteration_and_the_measuring_ones_are_not(
 
 def test_what_is_kept_is_the_best_of_what_was_measured(dataset, make_run, monkeypatch) -> None:
     monkeypatch.setattr(rfad, "EVERY", 2)
-    run = make_run("rfad", dataset, **SETTINGS | {"iterations": 9, "lr_img": 0.3})
+    run = make_run("rfad", dataset, **SETTINGS | {"iterations": 9, "lr_img": 0.3, "zca": "none"})
     rows = torch.cat([torch.where(dataset.train_labels == c)[0] for c in range(3)])
     judges = networks_of(run, 16, "measuring network")
     best, record = None, (math.inf, 0)

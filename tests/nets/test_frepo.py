@@ -67,7 +67,7 @@ def test_weights_are_a_cut_normal_distribution() -> None:
     assert share == pytest.approx(0.6827 / 0.9545, abs=5e-3)
 
 
-@pytest.mark.parametrize("changes", ["D6", "MP", "AL", "X"])
+@pytest.mark.parametrize("changes", ["D6", "MP", "AL", "PC", "X"])
 def test_names_that_cannot_be(changes) -> None:
     with pytest.raises(ValueError, match=r"maximum depth|always|cannot read 'X' in .* 'FRePoNetX'"):
         nets.build("FRePoNet" + changes, 3, 5, 32)

@@ -40,6 +40,7 @@ TABLE = {
     "ConvNetNP": {"pooling": "none"},
     "ConvNetNNNP": {"norm": "none", "pooling": "none"},
     "ConvNetALNN": {"activation": "leakyrelu", "norm": "none"},
+    "ConvNetW1024NNPC": {"width": 1024, "norm": "none", "prepended": True},
     "ConvNetD3W32INARAP": {"depth": 3, "width": 32},
     "ConvNetMPASGNW16D2": {
         "depth": 2,
@@ -58,6 +59,7 @@ def test_convnet_names(name: str) -> None:
         "width": 128,
         "norm": "instancenorm",
         "activation": "relu",
+        "prepended": False,
         "pooling": "avgpooling",
     } | TABLE[name]
     assert convnet_options(name)._asdict() == expected
@@ -214,6 +216,7 @@ def test_suffix_words_never_run_together() -> None:
         },
         "activation": {"AR": "relu", "AL": "leakyrelu", "AS": "sigmoid", "ASwish": "swish"},
         "pooling": {"AP": "avgpooling", "MP": "maxpooling", "NP": "none"},
+        "prepended": {"PC": True},
     }
     for one, other in itertools.permutations(words, 2):
         for (first, a), (second, b) in itertools.product(words[one].items(), words[other].items()):

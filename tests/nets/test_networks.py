@@ -93,6 +93,20 @@ def test_convnet_against_its_definition(
     torch.testing.assert_close(net(images), x @ weight.T + bias, rtol=1e-10, atol=1e-10)
 
 
+@pytest.mark.parametrize(("channels", "side"), [(3, 16), (1, 28)])
+def test_a_convolution_in_front_has_no_pooling(channels: int, side: int) -> None:
+    net = shaken("ConvNetD2W8NNPC", channels, 3, (side, side))
+    *parameters, _, _ = (p.detach() for p in net.parameters())
+    images = randn(4, channels, side, side)
+    x = images
+    for pool in (False, True, True):
+        margin = 3 if x is images and side == 28 else 1
+        x = F.conv2d(x, parameters.pop(0), parameters.pop(0), padding=margin).relu()
+        x = F.avg_pool2d(x, 2) if pool else x
+    assert not parameters
+    torch.testing.assert_close(net.embed(images), x.flatten(1), rtol=1e-10, atol=1e-10)
+
+
 @pytest.mark.parametrize("name", names())
 @pytest.mark.parametrize(("channels", "size"), [(3, (35, 44)), (1, (28, 28))])
 def test_logits_are_one_linear_layer_on_the_embedding(

@@ -20,7 +20,7 @@ from ddfast.testing import (
 
 triton = pytest.importorskip("triton", reason="triton is not installed")
 tl = pytest.importorskip("triton.language")
-drawn_words = pytest.importorskip("ddfast.kernels.characteristic_function").drawn_words
+drawn_words = pytest.importorskip("ddfast.kernels.frequencies").drawn_words
 
 NUMBERS = (0, 0, 1.0, 0)
 HALVES = (torch.bfloat16, torch.float16)

@@ -1,4 +1,4 @@
-"""Gates of `krr`, its losses and label solve: definition, derivatives, fall-backs, inputs."""
+"""Gates of `krr` and its losses: definition, derivatives, precision, fall-backs, operators."""
 
 from __future__ import annotations
 
@@ -342,46 +342,6 @@ def test_a_kernel_of_zeros_predicts_zero():
         assert losses.krr_predict(zero, zero, torch.ones(3, 2)).eq(0).all()
 
 
-# --- label solve ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (5, 5, 3), (5, 40, 1), (9, 4, 3)])
-def test_label_solve_is_the_definition(sizes):
-    k_ss, k_ts, _, y_t = problem(*sizes)
-    found = losses.label_solve(k_ss, k_ts, y_t, reg=1e-2)
-    expected = reference.label_solve(k_ss, k_ts, y_t, 1e-2)
-    torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-8)
-
-
-def test_label_solve_makes_the_gradient_vanish():
-    k_ss, k_ts, _, y_t = problem(5, 40, 3)
-    labels = losses.label_solve(k_ss, k_ts, y_t, reg=1e-2).requires_grad_()
-    value = losses.krr_loss(k_ss, k_ts, labels, y_t, reg=1e-2)
-    assert torch.autograd.grad(value, labels)[0].abs().max() < 1e-12
-    other = losses.krr_loss(k_ss, k_ts, labels + 1e-3 * draw(5, 3, seed=4), y_t, reg=1e-2)
-    assert other > value
-
-
-def test_label_solve_of_duplicates_is_the_shortest():
-    rows = draw(6, 9)
-    rows[3:] = rows[:3]
-    k_ss, k_ts, y_t = rows @ rows.mT, draw(40, 9, seed=1) @ rows.mT, draw(40, 2, seed=3)
-    found = losses.label_solve(k_ss, k_ts, y_t, reg=1e-3)
-    torch.testing.assert_close(found[:3], found[3:], rtol=1e-7, atol=1e-9)
-
-
-def test_rows_may_be_reduced_block_by_block():
-    rows = draw(50, 7)
-    whole = reference.least_squares(rows, 4, 50.0)
-    kept = rows[:0]
-    for block in rows.split(13):
-        kept = reference.triangle(torch.cat([kept, block]))
-    assert len(kept) == 7
-    torch.testing.assert_close(
-        reference.least_squares(kept, 4, 50.0), whole, rtol=1e-12, atol=1e-14
-    )
-
-
 # --- the operators ------------------------------------------------------------------------------
 
 
@@ -414,55 +374,3 @@ def test_torch_compile_without_graph_break(compiler, loss):
         rtol=1e-11,
         atol=1e-15,
     )
-
-
-# --- inputs ---------------------------------------------------------------------------------------
-
-GIVEN = dict(zip(("k_ss", "k_ts", "y_s", "y_t"), problem(3, 4, 2), strict=True))
-
-
-@pytest.mark.parametrize(
-    ("changes", "kind", "message"),
-    [
-        ({"k_ss": 3}, TypeError, "k_ss: got int, expected a tensor"),
-        ({"k_ss": torch.ones(3, 3).long()}, TypeError, "k_ss: got torch.int64"),
-        ({"k_ss": torch.ones(3, 2)}, ValueError, r"k_ss: got shape \(3, 2\), expected \(3, 3\)"),
-        ({"k_ss": torch.ones(0, 0)}, ValueError, "k_ss: got shape.*not empty"),
-        ({"k_ts": torch.ones(3)}, ValueError, "k_ts: got shape.*expected a matrix"),
-        ({"k_ts": torch.ones(4, 2)}, ValueError, r"k_ts: got shape \(4, 2\), expected \(4, 3\)"),
-        ({"k_ts": torch.ones(0, 3)}, ValueError, "k_ts: got shape.*not empty"),
-        ({"y_s": torch.ones(2, 2)}, ValueError, r"y_s: got shape \(2, 2\), expected \(3, 2\)"),
-        ({"y_t": torch.ones(4, 3)}, ValueError, r"y_t: got shape \(4, 3\), expected \(4, 2\)"),
-        ({"y_t": torch.ones(4).long()}, TypeError, "y_t: got torch.int64, expected a floating"),
-        ({"y_t": torch.ones(4), "loss": "cross_entropy"}, TypeError, "y_t: got torch.float32"),
-        ({"y_t": torch.ones(3).long(), "loss": "cross_entropy"}, ValueError, r"expected \(4,\)"),
-        ({"y_t": None}, TypeError, "y_t: got NoneType"),
-        ({"y_s": torch.ones(3, 2).to("meta")}, ValueError, "y_s: on meta"),
-        ({"y_t": torch.ones(4, 2).to("meta")}, ValueError, "y_t: on meta"),
-        ({"reg": -1e-3}, ValueError, "reg: got -0.001"),
-        ({"reg": float("nan")}, ValueError, "reg: got nan"),
-        ({"loss": "hinge"}, ValueError, "loss: got 'hinge', expected one of mse, cross_entropy"),
-        ({"scale": 1.0}, ValueError, "scale: got 1.0, expected None"),
-        ({"scale": torch.ones(2), "loss": "cross_entropy"}, ValueError, "scale: got shape"),
-        ({"reduction": "sum"}, ValueError, "reduction: got 'sum'"),
-        ({"reduction": "class_sum", "loss": "cross_entropy"}, ValueError, "reduction: got 'class"),
-        ({"solve_dtype": torch.float16}, TypeError, "solve_dtype: got torch.float16"),
-    ],
-)
-def test_errors_name_the_argument(changes, kind, message):
-    with pytest.raises(kind, match=message):
-        losses.krr_loss(**{**GIVEN, **changes})
-
-
-def test_label_solve_checks_too():
-    with pytest.raises(ValueError, match="y_t: got shape"):
-        losses.label_solve(GIVEN["k_ss"], GIVEN["k_ts"], GIVEN["y_s"])
-    with pytest.raises(TypeError, match="k_ss: got int"):
-        losses.label_solve(3, GIVEN["k_ts"], GIVEN["y_t"])
-    with pytest.raises(ValueError, match="reg"):
-        losses.krr_predict(GIVEN["k_ss"], GIVEN["k_ts"], GIVEN["y_s"], reg=-1)
-
-
-def test_transforms_are_refused():
-    with pytest.raises(NotImplementedError, match=r"torch\.func"):
-        torch.func.grad(lambda k: losses.krr_loss(k, *list(GIVEN.values())[1:]))(GIVEN["k_ss"])

@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [
+    "benchmarks",
     "csrc",
     "ddfast",
     "kernels",
@@ -89,9 +90,13 @@ def use_installed(wheel: Path, folder: Path) -> list[str]:
 def expected_files(source: Path) -> set[str]:
     package = {str(p.relative_to(source)) for p in (source / "ddfast").rglob("*.py")}
     kernels = {f"ddfast/kernels/{p.name}" for p in (source / "kernels").glob("*.py")}
+    # What `ddfast bench` runs; the rest writes the checkout's tables.
+    patterns = ("__init__.py", "bench_*.py", "*_task.py", "plain_*.py")
+    found = [p for pattern in patterns for p in (source / "benchmarks").glob(pattern)]
+    benchmarks = {f"ddfast/benchmarks/{p.name}" for p in found}
     stubs = {"ddfast/_C.pyi", "ddfast/_cuda.pyi"}
     data = {"ddfast/py.typed", "ddfast/methods/figures.csv"} | stubs
-    return package | kernels | data
+    return package | kernels | benchmarks | data
 
 
 @pytest.fixture(scope="module")

@@ -1,8 +1,7 @@
-"""The distilled set as one safetensors file, which carries its preprocessing and its recipe."""
+"""A distilled set with its preprocessing and its recipe; all of it is checked when it is made."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
@@ -12,28 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialise
 from torch import Tensor
 
 from ddfast._version import __version__
 from ddfast.data.dataset import check_labels
-from ddfast.data.files import whole_file
 from ddfast.data.normalisation import denormalise
 from ddfast.data.whitening import Whitening
 from ddfast.synthetic import check_decoder, decode, grid, labelled
 
-__all__ = ["FORMAT_VERSION", "SPACES", "Artefact", "load", "save"]
+__all__ = ["SPACES", "Artefact"]
 
-FORMAT_VERSION = 1
 SPACES = ("normalised", "pixel")
-
-# All metadata live under one key: safetensors writes several in random order, and the same artefact
-# has to be the same bytes.
-KEY = "ddfast"
-DECODER = "decoder."  # before the names of its tensors
-WHITENING = "whitening."  # before the names of its tensors
-RECIPE = ("space", "mean", "std", "class_names", "dataset", "method", "config", "seed", "versions")
+"""What numbers the images of an artefact may be, see :class:`Artefact`."""
 
 
 def _versions() -> dict[str, str]:
@@ -65,7 +54,8 @@ class Artefact:
             where the method learned one for each training step.
         decoder: None, or how `decoded` makes the images to train on from those stored: plain
             values for `ddfast.synthetic.decode`.
-        decoder_tensors: float32, by name, what the decoder needs beside the images; finite.
+        decoder_tensors: float32 of any shape, by name, what the decoder needs beside the images;
+            finite.
         versions: of ddfast and torch.
 
     Raises:
@@ -183,10 +173,12 @@ class Artefact:
 
     @property
     def num_classes(self) -> int:
+        """As many as there are class names."""
         return len(self.class_names)
 
     @property
     def channels(self) -> int:
+        """Of each image."""
         return int(self.images.shape[1])
 
     @property
@@ -260,6 +252,9 @@ class Artefact:
         scaled to 0..1, neither rounded nor clamped: a distilled image may leave that range.
         Whitened ones are un-whitened first.
 
+        Args:
+            mean, std: one number a channel, for pixels scaled to 0..1.
+
         Raises:
             ValueError: not one number a channel.
         """
@@ -280,12 +275,16 @@ class Artefact:
         return ((unit - shift) / scale).float()
 
     def save(self, path: str | os.PathLike[str]) -> Path:
-        """Write the file, see :func:`save`."""
+        """Write the file at `path`, see :func:`ddfast.artefact.save`."""
+        from ddfast.artefact.file import save  # which imports this module
+
         return save(self, path)
 
     @staticmethod
     def load(path: str | os.PathLike[str]) -> Artefact:
-        """Read a file, see :func:`load`."""
+        """Read the file at `path`, see :func:`ddfast.artefact.load`."""
+        from ddfast.artefact.file import load
+
         return load(path)
 
     def __repr__(self) -> str:
@@ -294,121 +293,6 @@ class Artefact:
             f"Artefact({self.method} on {self.dataset}: {len(self.images)} {self.space} images "
             f"of {self.num_classes} classes, {channels}x{height}x{width})"
         )
-
-
-def save(artefact: Artefact, path: str | os.PathLike[str]) -> Path:
-    """Write an artefact, whole or not at all: whatever was at ``path`` stays until the end.
-
-    The same artefact gives the same bytes.
-
-    Raises:
-        FileNotFoundError, PermissionError: the folder does not exist or cannot be written.
-        TypeError: not an artefact.
-    """
-    if not isinstance(artefact, Artefact):
-        raise TypeError(f"expected an Artefact, got {type(artefact).__name__}")
-    path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; an artefact is written to a file")
-    tensors = {"images": artefact.images, "labels": artefact.labels}
-    tensors |= {DECODER + name: tensor for name, tensor in artefact.decoder_tensors.items()}
-    if artefact.soft_labels is not None:
-        tensors["soft_labels"] = artefact.soft_labels
-    if artefact.lr is not None:
-        tensors["lr"] = torch.tensor(artefact.lr, dtype=torch.float64)
-    recipe = {name: getattr(artefact, name) for name in RECIPE}
-    if artefact.whitening is not None:
-        whitening = artefact.whitening
-        tensors |= {WHITENING + name: getattr(whitening, name) for name in ("shift", "matrix")}
-        recipe["whitening"] = {"mode": whitening.mode, "length": whitening.length}
-    if artefact.decoder is not None:
-        recipe["decoder"] = artefact.decoder
-    header = {
-        "format_version": FORMAT_VERSION,
-        "recipe": recipe,
-        "sha256": digest(tensors, json.dumps(recipe, sort_keys=True)),
-    }
-    content = serialise(tensors, {KEY: json.dumps(header, sort_keys=True)})
-    with whole_file(path) as temporary:
-        temporary.write_bytes(content)
-    return path
-
-
-def load(path: str | os.PathLike[str]) -> Artefact:
-    """Read an artefact. Nothing is unpickled, and the contents are checked against a checksum.
-
-    Raises:
-        FileNotFoundError: no such file.
-        IsADirectoryError: a folder.
-        ValueError: not an artefact of ddfast, damaged or cut short, another version of the format,
-            or contents that do not fit together; the message names the file.
-    """
-    path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no artefact at {path}")
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; give the artefact's file")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is no safetensors file, or it is damaged or cut short: {error}"
-        ) from None
-    if KEY not in metadata:
-        raise ValueError(f"{path} is no artefact of ddfast: its metadata have no {KEY!r}")
-    try:
-        header = json.loads(metadata[KEY])
-        version = header["format_version"]
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"it has format version {version!r}, and ddfast {__version__} reads version "
-                f"{FORMAT_VERSION}"
-            )
-        recipe = header["recipe"]
-        missing = [name for name in ("images", "labels") if name not in tensors]
-        missing += [name for name in RECIPE if name not in recipe]
-        if missing:
-            raise ValueError(f"it lacks {', '.join(missing)}")
-        if header["sha256"] != digest(tensors, json.dumps(recipe, sort_keys=True)):
-            raise ValueError("its contents do not match its checksum: it is damaged")
-        lr = tensors.get("lr")
-        return Artefact(
-            images=tensors["images"],
-            labels=tensors["labels"],
-            soft_labels=tensors.get("soft_labels"),
-            lr=None if lr is None else lr.tolist(),
-            decoder=recipe.get("decoder"),
-            decoder_tensors={
-                name.removeprefix(DECODER): tensor
-                for name, tensor in tensors.items()
-                if name.startswith(DECODER)
-            },
-            whitening=_whitening(recipe.get("whitening"), tensors),
-            **{name: recipe[name] for name in RECIPE},
-        )
-    except KeyError as error:
-        raise ValueError(f"{path} cannot be used: it lacks {error}") from None
-    except (ValueError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be used: {error}") from None
-
-
-def _whitening(recipe: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]) -> Whitening | None:
-    if recipe is None:
-        return None
-    shift, matrix = (tensors[WHITENING + name] for name in ("shift", "matrix"))
-    return Whitening(recipe["mode"], shift, matrix, recipe["length"])
-
-
-def digest(tensors: Mapping[str, Tensor], recipe: str) -> str:
-    """SHA-256 over the recipe and every tensor's name, type, shape and bytes."""
-    sha = hashlib.sha256(recipe.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()
 
 
 def _own(tensor: Tensor) -> Tensor:

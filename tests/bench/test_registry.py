@@ -1,0 +1,73 @@
+"""Every operator and every method has its benchmark."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+import sys
+import types
+
+import pytest
+import torch
+
+import ddfast.ops
+from ddfast import methods
+from ddfast.bench import registry
+
+
+def registered() -> set[str]:
+    """Every operator of ddfast.ops without its backwards, which belong to it."""
+    for module in pkgutil.iter_modules(ddfast.ops.__path__):
+        importlib.import_module(f"ddfast.ops.{module.name}")
+    found = torch._C._dispatch_get_all_op_names()
+    return {
+        re.sub("(_bwd)+$", "", n.removeprefix("ddfast::")) for n in found if n[:8] == "ddfast::"
+    }
+
+
+def test_every_operator_is_covered_and_no_other():
+    covered = [operator for operators in registry.COVERS.values() for operator in operators]
+    assert set(covered) == registered()
+    assert len(covered) == len(set(covered))
+
+
+def test_every_method_has_a_name():
+    names = [n.removeprefix("method:") for n in registry.names() if n.startswith("method:")]
+    assert names == list(methods.methods())
+
+
+def test_every_benchmark_is_a_module_with_published_cases():
+    for file in registry.BENCHMARKS.values():
+        module = importlib.import_module(f"ddfast.benchmarks.{file}")
+        assert callable(module.cases)
+
+
+def test_chosen():
+    every = registry.names()
+    assert registry.chosen([]) == every
+    assert registry.chosen(["operators"]) == list(registry.BENCHMARKS)
+    assert registry.chosen(["methods"]) == every[len(registry.BENCHMARKS) :]
+    # In the order of the list, each once; an operator is found in the benchmark that covers it.
+    assert registry.chosen(["krr", "method:dm", "mmd", "mmd_bandwidth"]) == [
+        "mmd",
+        "krr",
+        "method:dm",
+    ]
+    assert registry.chosen(["conv_kernel"]) == ["kernel_matrix"]
+    with pytest.raises(ValueError, match=r"no benchmark 'mdm' \(did you mean mmd\?\)"):
+        registry.chosen(["mdm"])
+
+
+def test_one_method_at_a_time(monkeypatch):
+    asked = []
+
+    def sized(size, options):
+        asked.append(options.methods)
+        return iter(())
+
+    monkeypatch.setitem(
+        sys.modules, "ddfast.benchmarks.bench_methods", types.SimpleNamespace(sized=sized)
+    )
+    list(registry.cases_of("method:dm", object(), registry.Options()))
+    assert asked == [("dm",)]
