@@ -177,7 +177,10 @@ class NinjaBuild(build_ext):
 
 
 # Of benchmarks/ what `ddfast bench` runs is installed, and not what only serves the checkout.
-CHECKOUT_ONLY = {"accuracy", "adjoints", "peak_memory", "readme_table", "test_ratios"}
+CHECKOUT_ONLY = {
+    *("accuracy", "adjoints", "peak_memory", "test_ratios"),
+    *("readme_table", "page_tables", "method_pages"),
+}
 
 
 class InstalledModules(build_py):

@@ -1,4 +1,4 @@
-"""Writes README.md's tables of accuracies and benchmarks, and all benchmark rows to RESULTS.md.
+"""Writes the tables of README.md and docs/methods/*.md, and all benchmark rows to RESULTS.md.
 
 python benchmarks/readme_table.py          # rewrite the part between the two markers
 python benchmarks/readme_table.py --check  # exit 1 if they are not what the CSVs say
@@ -10,7 +10,10 @@ import csv
 import sys
 from pathlib import Path
 
+import method_pages
+
 from ddfast.bench import results
+from ddfast.methods import methods
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS, ACCURACIES = "benchmarks", "accuracies"
@@ -34,6 +37,8 @@ def ratio(r: dict[str, str], table: list[dict[str, str]]) -> str:
     """How many times as fast as the baseline, with its spread."""
     middle, low, high = (number(r[f"ratio_{x}"]) for x in ("to_eager", "low", "high"))
     mark = QUARTILES if spread(table).endswith(QUARTILES) and not r["interval"] else ""
+    if r["interval"] not in ("", "95%"):  # of few rounds
+        mark = f", {r['interval'].rstrip('%')} %"
     return f"{middle} ({low} to {high}{mark})"
 
 
@@ -149,7 +154,7 @@ def accuracies(file: Path) -> str:
 
 
 def updated(readme: str, name: str, table: str) -> str:
-    """README.md with the part between the markers replaced."""
+    """A text with the part between the markers replaced."""
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     head, rest = readme.split(begin)
     return head + begin + "\n" + table + "\n" + end + rest.split(end)[1]
@@ -161,6 +166,11 @@ def main() -> int:
     text = updated(readme.read_text(), BENCHMARKS, summary(table))
     text = updated(text, ACCURACIES, accuracies(ROOT / "ddfast" / "methods" / "figures.csv"))
     wanted = {readme: text, results: f"# Every provider of every benchmark\n\n{markdown(table)}"}
+    for name in methods():
+        page = ROOT / "docs" / "methods" / f"{name}.md"
+        wanted[page] = page.read_text()
+        for marker, made in method_pages.tables(name).items():
+            wanted[page] = updated(wanted[page], marker, made)
     if "--check" in sys.argv[1:]:
         return int(any(not p.exists() or p.read_text() != t for p, t in wanted.items()))
     for path, content in wanted.items():

@@ -13,16 +13,11 @@ import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import Any, TextIO
 
 from ddfast.command import Parser, first_line, plain, set_threads
 
-if TYPE_CHECKING:
-    from ddfast.methods import Method
-
 TRACEBACK = "DDFAST_TRACEBACK"
-
-REQUIRED = ("dataset", "ipc", "out")
 
 USER_ERRORS = (ValueError, TypeError, OSError, ImportError)
 
@@ -93,10 +88,12 @@ def _overview() -> str:
         [
             "usage: ddfast COMMAND ...",
             "",
-            "Fast, exact dataset distillation.",
+            "Fast, exact dataset distillation: a few synthetic images of each class, on which",
+            "networks learn almost as much as on the whole data set.",
             "",
             *lines,
             "",
+            "examples:",
             "  ddfast distill dm --dataset digits --ipc 10 --out runs/dm-digits",
             "  ddfast evaluate runs/dm-digits --model ConvNet,MLP",
             "",
@@ -127,71 +124,16 @@ def _show_warning(
 
 def _distill(words: list[str]) -> None:
     """Distil a data set, or go on with an interrupted run."""
-    from ddfast import methods
+    from ddfast.distill.command import run
 
-    if not words or words[0] in ("-h", "--help"):
-        print("usage: ddfast distill METHOD --dataset DATASET --ipc IPC --out FOLDER ...\n")
-        print(first_line(_distill) + "\n")
-        for each in methods.methods().values():
-            print(f"  {each.name:10}{each.matches}")
-        print("\n`ddfast distill METHOD --help` lists the settings of a method.")
-        return
-    if words[0].startswith("-"):
-        raise ValueError(f"expected a method after distill, got {words[0]}")
-    method = methods.find(words[0])
-    parser = _distill_parser(method)
-    options, config = parser.parsed(words[1:], method.config, REQUIRED)
-    set_threads(options.threads)
-
-    from ddfast import data
-    from ddfast.distill import distill
-
-    dataset = data.load(config.dataset, config.data_path, **config.data_options)
-    artefact = distill(
-        method.name,
-        dataset,
-        config,
-        options.out,
-        device=options.device,
-        memory=options.memory,
-        checkpoint_every=options.checkpoint_every,
-        progress=not options.quiet,
-    )
-    print(f"{options.out}: {artefact!r}")
-    print(f"{Path(options.out) / 'grid.png'} shows the images")
-    if options.evaluate:
-        _evaluate([options.out, *(["--quiet"] if options.quiet else [])])
-    else:
-        print(f"evaluate them with: ddfast evaluate {options.out}")
-
-
-def _distill_parser(method: Method) -> Parser:
-    """Every field of the method's config as a flag, and the flags of a run."""
-    published = " ".join((method.config.published.__doc__ or "").split())
-    parser = Parser(
-        f"ddfast distill {method.name}",
-        f"{method.title}. Matches {method.matches}. Published settings, where a flag is left out: "
-        f"{published}",
-    )
-    parser.fields(method.config, REQUIRED, "method")
-    run = parser.add_argument_group("run (changes results by rounding at most)")
-    parser.flag(run, ["out"], str, None, "folder of the run (required)")
-    parser.flag(run, ["device"], str, None, "cpu or cuda (default: a GPU if there is one)")
-    parser.flag(run, ["memory"], str, "1GiB", "what activations may take, such as 8GiB")
-    parser.flag(run, ["threads"], int, None, "threads on the CPU (default: one a core)")
-    parser.flag(
-        run, ["checkpoint_every"], int, None, "iterations between checkpoints (default: some 20 s)"
-    )
-    run.add_argument("--quiet", action="store_true", help="no progress bar")
-    run.add_argument("--evaluate", action="store_true", help="evaluate at the end")
-    return parser
+    run(words, first_line(_distill), _evaluate)
 
 
 # --- evaluate -----------------------------------------------------------------------------------
 
 
 def _evaluate(words: list[str]) -> None:
-    """Train networks on a distilled set, random selections and the full data, and test them."""
+    """Train networks on a distilled set, random selections and all data, and test them."""
     options = _evaluate_parser().parse_args(words)
     set_threads(options.threads)
 
@@ -248,7 +190,18 @@ def _evaluate(words: list[str]) -> None:
 
 
 def _evaluate_parser() -> Parser:
-    parser = Parser("ddfast evaluate", first_line(_evaluate))
+    from ddfast.evaluate import PROTOCOLS
+
+    parser = Parser(
+        "ddfast evaluate",
+        first_line(_evaluate),
+        "RUN [flags]",
+        [
+            "ddfast evaluate runs/dm-digits",
+            "ddfast evaluate runs/dm-digits --model ConvNet,MLP,ResNet18 --protocol dm",
+            "ddfast evaluate runs/kip-digits --protocol krr --model ntk-fc3,ntk-conv3",
+        ],
+    )
     parser.add_argument("run", type=str, metavar="RUN", help="folder of a run, or a distilled file")
     what = parser.add_argument_group("what is trained")
     parser.flag(
@@ -256,29 +209,50 @@ def _evaluate_parser() -> Parser:
         ["model"],
         str,
         None,
-        "networks, or with krr kernels such as ntk-fc3, joined by commas (default: its own)",
+        "networks, or with krr kernels such as ntk-fc3, joined by commas (default: the one that "
+        "the set was distilled with)",
+        "NAMES",
     )
-    parser.flag(what, ["num_eval"], int, 5, "networks of each kind for each set")
-    parser.flag(what, ["selections"], int, 5, "random selections to compare with")
+    parser.flag(what, ["num_eval"], int, 5, "networks of each kind to train on each set")
+    parser.flag(what, ["selections"], int, 5, "random selections of training images to compare")
     what.add_argument(
-        "--no_baselines", action="store_true", help="neither random selections nor full data"
+        "--no_baselines", action="store_true", help="leave out random selections and all data"
     )
     parser.flag(what, ["seed"], int, 0, "every random number of the evaluation follows from it")
     how = parser.add_argument_group("how (left out: as the protocol has it)")
     parser.flag(
-        how, ["protocol"], str, None, "such as dc, dsa, dm or idc (default: that of the method)"
+        how,
+        ["protocol"],
+        str,
+        None,
+        f"one of {', '.join(PROTOCOLS)} (default: that of the method)",
+        "NAME",
     )
-    parser.flag(how, ["epochs", "epoch_eval_train"], int, None, "epochs, and one more is made")
+    parser.flag(
+        how,
+        ["epochs", "epoch_eval_train"],
+        int,
+        None,
+        "epochs; protocols with the schedule of DC make one more pass, as published",
+    )
     parser.flag(how, ["batch_train"], int, None, "images a step")
     parser.flag(how, ["lr_net"], float, None, "learning rate of the networks")
-    parser.flag(how, ["dsa_strategy"], str, None, "augmentations joined by _, or none")
+    parser.flag(
+        how, ["dsa_strategy"], str, None, "augmentations to draw from, joined by _, or none"
+    )
     parser.flag(how, ["reg"], float, None, "ridge of a kernel regression (protocol krr)")
     data = parser.add_argument_group("data (left out: as the run had it)")
-    parser.flag(data, ["dataset"], str, None, "name of the data set with the test images")
+    parser.flag(data, ["dataset"], str, None, "data set whose test images are classified")
     parser.flag(data, ["data_path"], str, None, "folder that holds its files")
-    parser.flag(data, ["data_options"], dict[str, Any], None, "options of its reader")
+    parser.flag(
+        data,
+        ["data_options"],
+        dict[str, Any],
+        None,
+        'options of its reader, such as {"classes": 5}',
+    )
     run = parser.add_argument_group("run")
-    parser.flag(run, ["out"], str, None, "where report.md goes (default: the folder of the run)")
+    parser.flag(run, ["out"], str, None, "where report.md and .json go (default: the run)")
     parser.flag(run, ["device"], str, None, "cpu or cuda (default: a GPU if there is one)")
     parser.flag(run, ["threads"], int, None, "threads on the CPU (default: one a core)")
     run.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -297,10 +271,17 @@ def _data_path(place: Path) -> str | None:
 
 
 def _show(words: list[str]) -> None:
-    """Write the picture of a run, finished or not, or of a distilled file, and say what it is."""
-    parser = Parser("ddfast show", first_line(_show))
+    """Write the picture of a run, finished or not, or of a distilled file."""
+    parser = Parser(
+        "ddfast show",
+        first_line(_show),
+        "RUN [--out FILE]",
+        ["ddfast show runs/dm-digits", "ddfast show runs/dm-digits --out dm.png"],
+    )
     parser.add_argument("run", type=str, metavar="RUN", help="folder of a run, or a distilled file")
-    parser.flag(parser, ["out"], str, None, "the picture (default: grid.png beside the images)")
+    parser.flag(
+        parser, ["out"], str, None, "the picture (default: grid.png beside the images)", "FILE"
+    )
     options = parser.parse_args(words)
 
     from ddfast.artefact import Artefact
@@ -347,7 +328,7 @@ def _methods(words: list[str]) -> None:
 
 
 def _generator(words: list[str]) -> None:
-    """Train a class-conditional generator of a data set's images, or go on with it."""
+    """Train a class-conditional generator of images for it_gan, or go on with it."""
     from ddfast.generator.command import run
 
     run(words, first_line(_generator))
@@ -357,7 +338,7 @@ def _generator(words: list[str]) -> None:
 
 
 def _experts(words: list[str]) -> None:
-    """Train the experts whose trajectories are matched, or go on with them."""
+    """Train the experts that mtt, tesla, ftd and datm match, or go on with them."""
     from ddfast.experts.command import run
 
     run(words, first_line(_experts))

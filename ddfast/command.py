@@ -14,19 +14,53 @@ from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter,
 S = TypeVar("S")
 
 
+EXAMPLES = "examples:"
+
+#: What stands for the value of a flag in the help, by its name; else its type says it.
+VALUES = {"out": "FOLDER", "data_path": "FOLDER", "dataset": "NAME", "model": "NAME"}
+VALUES |= {"memory": "SIZE", "device": "DEVICE", "threads": "N", "ipc": "N"}
+
+
 class Formatter(DefaultHelpFormatter):
     """The help as it was written: defaults and types are in it where they matter."""
 
     def _get_help_string(self, action: argparse.Action) -> str:
         return action.help or ""
 
+    def _format_action_invocation(self, action: argparse.Action) -> str:
+        """All names of a flag, then once what its value is."""
+        if not action.option_strings:
+            return str(super()._format_action_invocation(action))
+        value = "" if action.nargs == 0 else f" {self._format_args(action, str(action.metavar))}"
+        return ", ".join(action.option_strings) + value
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Examples stay on lines of their own."""
+        if text.startswith(EXAMPLES):
+            return text
+        return str(super()._fill_text(text, width, indent))
+
 
 class Parser(ArgumentParser):
-    """Flags, or a YAML file with --config; errors are one line."""
+    """Flags, or a YAML file with --config; errors are one line.
 
-    def __init__(self, prog: str, description: str) -> None:
+    Args:
+        prog: the command, such as "ddfast show".
+        description: what it does.
+        usage: what follows it, the flags that are needed in any case; empty for all flags.
+        examples: whole command lines, for the end of the help.
+    """
+
+    def __init__(
+        self, prog: str, description: str, usage: str = "", examples: Sequence[str] = ()
+    ) -> None:
         super().__init__(
-            prog=prog, description=description, formatter_class=Formatter, allow_abbrev=False
+            prog=prog,
+            description=description,
+            usage=f"{prog} {usage}" if usage else None,
+            epilog="\n  ".join([EXAMPLES, *examples]) if examples else None,
+            formatter_class=Formatter,
+            allow_abbrev=False,
         )
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
@@ -55,8 +89,12 @@ class Parser(ArgumentParser):
             "--config",
             action=ActionConfigFile,
             metavar="FILE",
-            help="YAML with any of these, by name",
+            help="YAML file with any of these, by name; flags after it win",
         )
+        for action in self._actions:
+            if "--print_config" in action.option_strings:
+                action.help = "print all settings as YAML for --config, and do nothing else"
+                action.metavar = ""
         hints = get_type_hints(settings)
         groups = {
             "task": self.add_argument_group("task"),
@@ -88,21 +126,37 @@ class Parser(ArgumentParser):
         found = {field.name: options[field.name] for field in dataclasses.fields(fields)}
         return options, settings(**found | {"data_options": plain(found["data_options"])})
 
-    def flag(self, group: Any, names: Sequence[str], hint: Any, default: Any, help: str) -> None:
+    def flag(
+        self,
+        group: Any,
+        names: Sequence[str],
+        hint: Any,
+        default: Any,
+        help: str,
+        metavar: str | None = None,
+    ) -> None:
         """One flag, which may be left out; `default` None is not mentioned."""
+        shown = str(default).lower() if isinstance(default, bool) else default
         group.add_argument(
             *(f"--{name}" for name in names),
             type=hint,
             default=default,
-            metavar=_metavar(hint),
-            help=help + ("" if default in (None, {}) else f" (default: {default})"),
+            metavar=metavar or VALUES.get(names[0]) or _metavar(hint),
+            help=help + ("" if default in (None, {}) else f" (default: {shown})"),
         )
 
 
 def _metavar(hint: Any) -> str:
     if get_origin(hint) is Literal:
         return "{" + ",".join(get_args(hint)) + "}"
-    return {int: "INT", float: "NUMBER", str: "TEXT", bool: "BOOL"}.get(hint, "MAPPING")
+    return {int: "N", float: "NUMBER", str: "TEXT", bool: "{true,false}"}.get(hint, "MAPPING")
+
+
+def left_out(settings: Any) -> str:
+    """What a class of settings uses where a flag is left out, to follow a colon."""
+    text = " ".join((settings.published.__doc__ or "").split())
+    name = not text[1:2].islower() or text.startswith(("Glorot", "BigGAN"))
+    return text if name else text[:1].lower() + text[1:]
 
 
 def first_line(function: Callable[..., Any]) -> str:

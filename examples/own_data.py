@@ -51,7 +51,7 @@ def write(folder: Path) -> None:
 
 
 def read(folder: Path) -> Dataset:
-    """The first images are for training. Nothing is read before it is needed, but for the means."""
+    """The first images are for training. The means are read off all of these once, in pieces."""
     pixels = torch.from_numpy(np.load(folder / "images.npy", mmap_mode="c"))
     labels = torch.from_numpy(np.load(folder / "labels.npy"))
     train = CLASSES * TRAIN

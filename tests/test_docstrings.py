@@ -28,6 +28,8 @@ MODULES = (
     "ddfast.artefact",
     "ddfast.augment",
     "ddfast.compat.dc",
+    "ddfast.compat.idc",
+    "ddfast.compat.mtt",
     "ddfast.data",
     "ddfast.distill",
     "ddfast.engine",

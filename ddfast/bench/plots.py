@@ -11,6 +11,8 @@ from ddfast.bench.results import baselines
 
 Row = Mapping[str, Any]
 
+MOST_PIXELS = 60_000  # in height; matplotlib draws no more than 2 ** 16
+
 
 def needed() -> None:
     """Raise where the pictures could not be drawn, before hours of measuring.
@@ -55,20 +57,21 @@ def _speeds(path: Path, rows: Sequence[Row]) -> Path:
     """A bar for each provider of each case but the baselines, with its interval."""
     first = baselines(rows)
     bars = [row for row in rows if row.get("ratio_to_eager") and not any(row is b for b in first)]
-    figure, axes = _figure(10, 1 + 0.22 * len(bars))
+    height = 1 + 0.22 * len(bars)
+    figure, axes = _figure(10, height)
     for at, row in enumerate(bars):
         middle, low, high = (float(row[f"ratio_{name}"]) for name in ("to_eager", "low", "high"))
         colour = "tab:green" if str(row["provider"]).startswith("ddfast") else "tab:grey"
-        axes.barh(at, middle, color=colour)
+        axes.barh(at, middle - 1, left=1, color=colour)  # to the right is faster
         axes.plot([low, high], [at, at], color="black", linewidth=1)
     names = [f"{r['operator']}: {r['case']}, {r['mode']}; {r['provider']}" for r in bars]
     axes.set_yticks(range(len(bars)), names, fontsize=6)
-    axes.invert_yaxis()
+    axes.set_ylim(len(bars) - 0.4, -0.6)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")
     axes.set_xlabel("times the baseline's speed, with its interval")
     axes.set_title(_machine(rows), fontsize=8)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=min(150, MOST_PIXELS / height))
     return path
 
 
@@ -109,4 +112,5 @@ def _roofline(path: Path, rows: Sequence[Row], ceilings: Ceilings) -> Path:
 
 def _machine(rows: Sequence[Row]) -> str:
     row = rows[0]
-    return f"{row['device']}; {row['threads']} threads; torch {row['torch']}; {row['commit']}"
+    threads = f"{row['threads']} thread{'s' * (str(row['threads']) != '1')}"
+    return f"{row['device']}; {threads}; torch {row['torch']}; {row['commit']}"

@@ -126,9 +126,14 @@ def get_loops(ipc: int) -> tuple[int, int]:
 
 
 def get_eval_pool(eval_mode: str, model: str, model_eval: str) -> list[str]:
-    """The networks to evaluate on: those of `EVALUATED`; for "S" the model, with instance in place
-    of batch normalisation (what follows BN in its name is lost, as in the official script); for
-    "SS" the model; for any other mode `model_eval`.
+    """The networks to evaluate on.
+
+    Args:
+        eval_mode: a key of `EVALUATED`; "S", the model with instance in place of batch
+            normalisation (what follows BN in its name is lost, as in the official script); "SS",
+            the model; anything else, `model_eval`.
+        model: that was matched on.
+        model_eval: see `eval_mode`.
     """
     if eval_mode in EVALUATED:
         return list(EVALUATED[eval_mode])
@@ -150,7 +155,9 @@ def epoch(
 
     Args:
         mode: "train" to make optimiser steps; anything else to test, without graphs.
-        dataloader: of (images, labels).
+        dataloader: of images, (n, channels, H, W), and labels, (n,), of any dtype.
+        net: is trained or tested in place.
+        optimizer: of its parameters; of no effect in a test.
         criterion: mean cross-entropy of a batch.
         args: with `device`; where `aug`, with `dsa`, and then `dsa_strategy` and `dsa_param`, else
             `dc_aug_param`.
@@ -185,8 +192,9 @@ def evaluate_synset(
     Args:
         it_eval: a number for the line.
         net: is trained in place.
-        images_train: (N, channels, H, W); labels_train: (N,) int64.
-        testloader: of (images, labels).
+        images_train: (N, channels, H, W), floating point.
+        labels_train: (N,), int64.
+        testloader: of images, (n, channels, H, W), and labels, (n,), of any dtype.
         args: with `device`, `lr_net`, `epoch_eval_train`, `batch_train`, and see `epoch`.
 
     Returns:

@@ -20,10 +20,10 @@ METRICS = {"mse": "mse", "l1": "l1", "l1_mean": "l1", "cos": "row_cosine"}
 
 
 def dist(x: Tensor, y: Tensor, method: str = "mse") -> Tensor:
-    """Distance of two tensors of one shape, (rows, ...).
+    """Distance of two tensors of one shape.
 
     Args:
-        x, y: floating point.
+        x, y: (rows, ...), floating point.
         method: "mse", squares summed; "l1", absolute values summed; "l1_mean", their mean over each
             row, summed; "cos", 1 - cosine of each row, summed.
 
@@ -43,7 +43,15 @@ def dist(x: Tensor, y: Tensor, method: str = "mse") -> Tensor:
 
 
 def add_loss(loss_sum: Tensor | None, loss: Tensor) -> Tensor:
-    """Their sum, or the loss if there is no sum yet."""
+    """A sum that has not begun yet, or that goes on.
+
+    Args:
+        loss_sum: 0-d, floating point, or None.
+        loss: 0-d, floating point.
+
+    Returns:
+        0-d.
+    """
     return loss if loss_sum is None else loss_sum + loss
 
 
@@ -62,7 +70,7 @@ def matchloss(
             `fc`: whether tensors of one dimension, and of two, count. For "feat" with `idx_from`
             and `idx_to`, for the model's `get_feature(images, idx_from, idx_to)`, whose features
             are compared in their means.
-        img_real, img_syn: (n, channels, H, W) and (m, channels, H, W).
+        img_real, img_syn: (n, channels, H, W) and (m, channels, H, W), floating point.
         lab_real, lab_syn: (n,) and (m,), int64.
         model: a classifier, a module.
 
@@ -99,6 +107,11 @@ def matchloss(
 
 
 def remove_aug(augtype: str, remove_aug: str) -> str:
-    """The names in `augtype` that are not in `remove_aug`; both joined by underscores."""
+    """The names of a strategy but some.
+
+    Args:
+        augtype: joined by underscores, such as "color_crop_cutout".
+        remove_aug: those to leave out, likewise.
+    """
     removed = remove_aug.split("_")
     return "_".join(name for name in augtype.split("_") if name not in removed)

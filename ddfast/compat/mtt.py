@@ -52,6 +52,15 @@ def DiffAugment(
 
     That one samples with `align_corners=True`, DC's code on any newer torch without, which makes a
     difference for rotations of images that are not square. The parameters drawn are the same.
+
+    Args:
+        x, strategy, seed, param, generator: as in `ddfast.compat.dc.DiffAugment`.
+
+    Returns:
+        A contiguous tensor of x's shape and dtype.
+
+    Raises:
+        TypeError, ValueError: as there.
     """
     return diff_augment(x, strategy, seed, param, generator, align_corners=True)
 
@@ -108,8 +117,9 @@ class ReparamModule(nn.Module):
 
         Args:
             inputs, named: of the network.
-            flat_param: (P,) or (1, P); None for the module's own.
-            buffers: in place of the network's, in the order of `named_buffers()`.
+            flat_param: (P,) or (1, P), of the network's dtype; None for the module's own.
+            buffers: in place of the network's, in the order of `named_buffers()`, of the same
+                shapes and dtypes.
 
         Raises:
             ValueError: a flat_param of another size.
@@ -142,12 +152,25 @@ def get_network(
     im_size: tuple[int, int] = (32, 32),
     dist: bool = True,
 ) -> nets.Network:
-    """`ddfast.compat.dc.get_network`; `dist` has no effect, for several GPUs are not used here."""
+    """A network by its official name, on the GPU if there is one.
+
+    Args:
+        model, channel, num_classes, im_size: as in `ddfast.compat.dc.get_network`.
+        dist: of no effect, for several GPUs are not used here.
+    """
     return training.get_network(model, channel, num_classes, im_size)
 
 
 def get_eval_pool(eval_mode: str, model: str, model_eval: str) -> list[str]:
-    """`ddfast.compat.dc.get_eval_pool` with the networks of MTT; "C": the model, then ConvNet."""
+    """The networks to evaluate on.
+
+    Args:
+        eval_mode: a key of `EVALUATED` or of `ddfast.compat.dc.EVALUATED` ("B" excepted); "S", the
+            model with instance in place of batch normalisation; "C", the model and ConvNet;
+            anything else, `model_eval`.
+        model: that was matched on.
+        model_eval: see `eval_mode`.
+    """
     if eval_mode == "C":
         return [model, "ConvNet"]
     if eval_mode in EVALUATED:
@@ -167,7 +190,11 @@ def epoch(
     aug: bool,
     texture: bool = False,
 ) -> tuple[float, float]:
-    """`ddfast.compat.dc.epoch` with MTT's `DiffAugment`.
+    """One pass over a loader, with MTT's `DiffAugment`: mean loss, and accuracy from 0 to 1.
+
+    Args:
+        mode, dataloader, net, optimizer, criterion, args, aug: as in `ddfast.compat.dc.epoch`.
+        texture: False.
 
     Raises:
         ValueError: `texture`, which is not offered.
@@ -187,7 +214,13 @@ def evaluate_synset(
     return_loss: bool = False,
     texture: bool = False,
 ) -> tuple[Any, ...]:
-    """`ddfast.compat.dc.evaluate_synset` with MTT's `DiffAugment` and results.
+    """Train a network on a synthetic set and test it, with MTT's `DiffAugment`; prints a line.
+
+    Args:
+        it_eval, net, images_train: as in `ddfast.compat.dc.evaluate_synset`.
+        labels_train, testloader, args: as in `ddfast.compat.dc.evaluate_synset`.
+        return_loss: whether to return losses, too.
+        texture: False.
 
     Returns:
         The network, the training accuracy (0 to 1) of each epoch and the test accuracy; with

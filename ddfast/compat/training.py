@@ -30,8 +30,8 @@ class TensorDataset(Dataset[tuple[Tensor, Tensor]]):
     """Images, as float32, and their labels.
 
     Args:
-        images: (N, channels, H, W).
-        labels: (N,).
+        images: (N, channels, H, W), of any dtype.
+        labels: (N,), of any dtype.
     """
 
     def __init__(self, images: Tensor, labels: Tensor) -> None:
@@ -72,8 +72,14 @@ def get_time() -> str:
 
 
 def get_daparam(dataset: str, model: str, model_eval: str, ipc: int) -> dict[str, Any]:
-    """The parameters of `augment`: crops, scales and rotations for MNIST, crops and noise for the
-    network ConvNetBN, else the strategy "none". `model` and `ipc` have no effect."""
+    """The parameters of `augment` for an evaluation.
+
+    Args:
+        dataset: "MNIST" gets crops, scales and rotations, any other the strategy "none".
+        model: of no effect.
+        model_eval: "ConvNetBN" gets crops and noise, whatever the data set.
+        ipc: of no effect.
+    """
     strategy = "crop_scale_rotate" if dataset == "MNIST" else "none"
     if model_eval == "ConvNetBN":
         strategy = "crop_noise"
@@ -90,6 +96,9 @@ def augment(images: Tensor, dc_aug_param: dict[str, Any] | None, device: Any) ->
         images: (N, channels, H, W), floating point.
         dc_aug_param: as `get_daparam` returns it, or None for none.
         device: of the result.
+
+    Returns:
+        (N, channels, H, W); the images themselves where there is nothing to do.
 
     Raises:
         ValueError: an unknown operation; parameters other than the published ones.

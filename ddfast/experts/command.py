@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ddfast.command import Parser, set_threads
+from ddfast.command import Parser, left_out, set_threads
 from ddfast.experts.file import EXPERTS
 from ddfast.experts.importer import import_buffers
 from ddfast.experts.train import train
@@ -43,8 +43,17 @@ def run(words: list[str], description: str) -> None:
 
 def _parser(description: str) -> Parser:
     """Every field of the settings as a flag, and the flags of a run."""
-    left_out = " ".join((Config.published.__doc__ or "").split())
-    parser = Parser("ddfast experts", f"{description} Where a flag is left out: {left_out}")
+    parser = Parser(
+        "ddfast experts",
+        f"{description} Where a flag is left out: {left_out(Config)}",
+        "--dataset NAME --out FOLDER [flags]",
+        [
+            "ddfast experts --dataset digits --out experts/digits",
+            "ddfast distill mtt --experts experts/digits --dataset digits --ipc 1 --out runs/mtt",
+            "ddfast experts --dataset CIFAR10 --data_path data --out experts/cifar10 "
+            "--imported replay_buffer_0.pt,replay_buffer_1.pt",
+        ],
+    )
     parser.fields(Config, REQUIRED, "training")
     run = parser.add_argument_group("run")
     parser.flag(run, ["out"], str, None, "folder of the run (required)")
@@ -53,7 +62,9 @@ def _parser(description: str) -> Parser:
         ["imported"],
         str,
         None,
-        "instead of training: replay_buffer_n.pt files, comma between",
+        "read experts of MTT's code in place of training: files replay_buffer_N.pt, joined by "
+        "commas",
+        "FILES",
     )
     parser.flag(run, ["device"], str, None, "cpu or cuda (default: a GPU if there is one)")
     parser.flag(run, ["threads"], int, None, "threads on the CPU (default: one a core)")

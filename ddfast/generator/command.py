@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ddfast.command import Parser, set_threads
+from ddfast.command import Parser, left_out, set_threads
 from ddfast.generator.train import GENERATOR, SAMPLES, Config, train
 
 REQUIRED = ("dataset", "out")
@@ -41,8 +41,16 @@ def run(words: list[str], description: str) -> None:
 
 def _parser(description: str) -> Parser:
     """Every field of the settings as a flag, and the flags of a run."""
-    left_out = " ".join((Config.published.__doc__ or "").split())
-    parser = Parser("ddfast generator", f"{description} Where a flag is left out: {left_out}")
+    parser = Parser(
+        "ddfast generator",
+        f"{description} Where a flag is left out: {left_out(Config)}",
+        "--dataset NAME --out FOLDER [flags]",
+        [
+            "ddfast generator --dataset digits --out generators/digits",
+            f"ddfast distill it_gan --generator generators/digits/{GENERATOR} --dataset digits "
+            "--ipc 10 --out runs/it_gan",
+        ],
+    )
     parser.fields(Config, REQUIRED, "training")
     run = parser.add_argument_group("run")
     parser.flag(run, ["out"], str, None, "folder of the run (required)")

@@ -36,11 +36,12 @@ class Config(Shared):
     beside: ClassVar[tuple[str, ...]] = ()
 
     adjoint: Literal["exact", "frozen", "graph"] = setting(
-        "gradient: exact, or with each step's parameters held constant, or exact by one graph",
+        "gradient: exact, frozen (second order left out), or graph (exact, all steps in memory)",
         "exact",
     )
     history: Literal["device", "host", "checkpoints"] = setting(
-        "where the student's parameters of each step wait", "device"
+        "where each step's parameters wait: device, host, or checkpoints (only some are kept)",
+        "device",
     )
 
 

@@ -108,25 +108,21 @@ class Config(Task):
 
     ipc: int = setting("synthetic images per class", MISSING, group="task", least=1)
     model: str = setting(
-        "network to match on (published: ConvNet, one block more for each doubling beyond 32 px)"
+        "network (published: ConvNet, one block more for each doubling beyond 32 px)"
     )
-    iterations: int = setting(
-        "steps of the run, each with a fresh network (published: the official Iteration + 1)",
-        aliases=("Iteration",),
-        least=1,
-    )
+    iterations: int = setting("outer iterations of the run", aliases=("Iteration",), least=1)
     batch_real: int = setting("real images per class and step", 256, least=1)
     init: Literal["real", "noise", "mix"] = setting(
-        "what images start from: real, noise, or (multi_formation) mix, real ones in cells",
+        "what images start from: real, noise, or with multi_formation mix (real ones in cells)",
         aliases=("pix_init",),
     )
     parametrisation: Literal["pixels", "multi_formation", "hallucinators", "bases"] = setting(
         "how images are stored (IDC: multi_formation, HaBa: hallucinators, LinBa: bases)",
         aliases=("parametrization",),
     )
-    factor: int = setting("with multi_formation: an image decodes to factor^2 (2)", least=1)
+    factor: int = setting("with multi_formation: a stored image decodes to factor^2 (2)", least=1)
     shared: int = setting("how many hallucinators (5) or bases (16) the images share", least=1)
-    base_scale: int = setting("bases are so many times smaller than images (2)", least=1)
+    base_scale: int = setting("with bases: they are so many times smaller than images (2)", least=1)
     lr_decoder: float = setting("learning rate of hallucinators or bases (lr_img)", above=0)
     lr_img: float = setting("learning rate of the synthetic images", above=0)
     momentum: float = setting("momentum of the synthetic images", 0.5, least=0, below=1)

@@ -44,7 +44,7 @@ class Config(dc.Config):
         "iterations before all classes are matched in one sum (published: 250)", least=0
     )
     inner_warmup: int = setting(
-        "image updates of each iteration before they are, while outer_warmup lasts", 10, least=0
+        "image updates of each iteration before that, while outer_warmup lasts", 10, least=0
     )
 
     def published(self, dataset: Dataset) -> Mapping[str, Any]:

@@ -83,9 +83,9 @@ class Config(bilevel.Config):
     def published(self, dataset: Dataset) -> Mapping[str, Any]:
         """400 passes over the real data, lr_img 0.01 (Adam, of step sizes too), halved every 40.
 
-        For digits 300 iterations of 20 steps, from ipc 10 on 40, with distill_lr 0.1 and lr_img
-        0.02, or 0.05 from real images on: on a split of their training images 84.0 % at ipc 1 and
-        95.6 at ipc 10 (random selection 92.8). With 0.2 and 0.05 at ipc 1 the loss jumps
+        For digits 300 iterations with distill_lr 0.1: 20 steps from noise with lr_img 0.02, from
+        ipc 10 on 40 from real images with 0.05. On a split of their training images 84.0 % at ipc 1
+        and 95.6 at ipc 10 (random selection 92.8). With 0.2 and 0.05 at ipc 1 the loss jumps
         up again and again (84.7 % after 200 iterations, 73.9 after 300).
         """
         digits = dataset.name == "digits"

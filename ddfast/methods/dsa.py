@@ -27,7 +27,7 @@ class Config(dc.Config):
     dsa_strategy: str = setting("augmentations to draw from, joined by _, or none")
 
     def published(self, dataset: Dataset) -> Mapping[str, Any]:
-        """Those of DC, from real images, with all augmentations (without flip for digits)."""
+        """DC's, from real images, with all augmentations (without flip for digits)."""
         return {
             **super().published(dataset),
             "init": "real",

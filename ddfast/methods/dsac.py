@@ -28,7 +28,7 @@ class Config(dcc.Config):
     dsa_strategy: str = setting("augmentations to draw from, joined by _, or none")
 
     def published(self, dataset: Dataset) -> Mapping[str, Any]:
-        """Those of DCC, with all augmentations (without flip for digits)."""
+        """DCC's, with all augmentations (without flip for digits)."""
         return {**super().published(dataset), "dsa_strategy": dsa_strategy(dataset)}
 
 

@@ -67,6 +67,7 @@ def flips(dataset: Dataset, ipc: int) -> bool:
 class Config(network_pool.Config):
     """Settings of FRePo, by default the official script's."""
 
+    model: str = setting("network (published: FRePoNet, one block more for each doubling)")
     batch_real: int = setting("real images, of all classes", 1024, aliases=("batch_size",), least=1)
     momentum: float = setting("of the synthetic images: LAMB's first beta", 0.9, least=0, below=1)
     reg: float = setting("ridge, in units of the kernel's mean diagonal element", 1e-6, least=0)

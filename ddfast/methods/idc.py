@@ -79,6 +79,7 @@ class Config(Shared):
 
     space: ClassVar[str] = "pixel"
 
+    model: str = setting("network (published: ConvNet, beyond 64 px ResNetAP10)")
     batch_real: int = setting("real images per class and step", 64, least=1)
     init: Literal["mix", "real", "noise"] = setting(
         "mix (the first images of the class, one in each cell), real or noise"

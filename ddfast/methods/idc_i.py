@@ -29,7 +29,7 @@ class Config(idc.Config):
             raise ValueError(f"factor: got {self.factor}, and idc_i is idc with factor 1")
 
     def published(self, dataset: Dataset) -> Mapping[str, Any]:
-        """Those of IDC with factor 1."""
+        """IDC's, with factor 1."""
         return idc.Config.published(dataclasses.replace(self, factor=1), dataset)
 
 

@@ -71,8 +71,11 @@ class Config(Shared):
     """Settings of IT-GAN, published where they are known."""
 
     generator: str = setting(
-        "file from `ddfast generator`, or MODULE:FUNCTION that returns a module", group="task"
+        "file from `ddfast generator`, or MODULE:FUNCTION that returns a module (required)",
+        group="task",
     )
+    momentum: float = setting("of no meaning: Adam has its own betas", 0.5, least=0, below=1)
+    lr_img: float = setting("learning rate of the latents", above=0)
     dsa_strategy: str = setting("augmentations to draw from, joined by _, or none")
     batch_latents: int = setting("latents of a class in a step, each with its image", 256, least=1)
     diversity: float = setting("weight of the distance between pairs (unverified)", 0.01, least=0)

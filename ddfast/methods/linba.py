@@ -65,7 +65,8 @@ class Config(bilevel.Config):
     clip: float = setting("largest norm of the gradient (2)", above=0)
     dsa_strategy: str = setting("augmentations, such as flip_rotate, or none", "none")
     history: Literal["device", "host", "checkpoints"] = setting(
-        "where the student's parameters of each step wait", "host"
+        "where each step's parameters wait: device, host, or checkpoints (only some are kept)",
+        "host",
     )
 
     def __post_init__(self) -> None:
@@ -73,7 +74,7 @@ class Config(bilevel.Config):
         DSA(self.dsa_strategy)  # raises if it does not know an operation
 
     def published(self, dataset: Dataset) -> Mapping[str, Any]:
-        """Bases of Glorot's noise, 150 inner steps, lr_img 0.1, 500000 iterations.
+        """500000 iterations of 150 inner steps, bases of Glorot's noise, lr_img 0.1.
 
         For digits 150 iterations of 30 inner steps from real images: inner_lr 0.02 and lr_img 0.3;
         from ipc 10 on 40 bases of the images' size, 0.03, 1 and clip 20. On a split of their

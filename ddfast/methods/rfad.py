@@ -66,6 +66,7 @@ Networks = Callable[[int], nets.Network]
 class Config(Shared):
     """Settings of RFAD, by default the official script's."""
 
+    model: str = setting("network (published: ConvNet of width 256 without normalisation)")
     batch_real: int = setting("real images, of all classes (4 batches of 1280)", 5120, least=1)
     momentum: float = setting("of the synthetic images: AdaBelief's beta", 0.9, least=0, below=1)
     n_models: int = setting("networks of an iteration", 8, least=1)

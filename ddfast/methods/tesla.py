@@ -67,7 +67,8 @@ class Config(trajectory_matching.Config):
     """Settings of TESLA, by default the published ones."""
 
     adjoint: Literal["exact", "frozen", "graph"] = setting(
-        "of the steps: exact, frozen (second order left out), or graph (all in memory)", "frozen"
+        "gradient: exact, frozen (second order left out), or graph (exact, all steps in memory)",
+        "frozen",
     )
     teacher_label: bool = setting("labels from the target expert (published: for ImageNet)")
     half_image_gradient: bool = setting("half the images' gradient, as released by mistake", False)
@@ -76,7 +77,7 @@ class Config(trajectory_matching.Config):
         """10000 iterations; syn_steps 50, 80 or 10 and lr_img 1000 or 10000 (without the half
         gradient, half of that) by what is nearest to CIFAR-10, CIFAR-100 or ImageNet.
 
-        For digits see `DIGITS`.
+        For digits MTT's, with lr_img 100, from ipc 10 on 300 (with the half gradient, twice that).
         """
         found = {
             **super().published(dataset),

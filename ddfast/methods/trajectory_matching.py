@@ -71,14 +71,15 @@ class Config(Shared):
     beside: ClassVar[tuple[str, ...]] = (RATE,)
 
     experts: str = setting(
-        "folder or file from `ddfast experts`",
+        "folder or file from `ddfast experts` (required)",
         aliases=("buffer_path",),
         group="task",
         identity=False,
     )
     experts_fingerprint: str = setting("hash of the experts (that of the file)", group="task")
+    batch_real: int = setting("of no meaning: only experts see real images", 256, least=1)
     syn_steps: int = setting("T, steps of the student", least=1)
-    expert_epochs: int = setting("M, epochs of the expert that they should match", least=1)
+    expert_epochs: int = setting("M, epochs of the expert that these should match", least=1)
     max_start_epoch: int = setting("start epochs lie below this one", least=1)
     batch_syn: int = setting("synthetic images in a step of the student; 0: all", least=0)
     lr_teacher: float = setting("step size of the student to start from", above=0)
@@ -88,14 +89,14 @@ class Config(Shared):
     )
     dsa_strategy: str = setting("augmentations to draw from, joined by _, or none")
     adjoint: Literal["exact", "frozen", "graph"] = setting(
-        "of the steps: exact, frozen (second order left out), or graph (all in memory)", "exact"
+        "gradient: exact, frozen (second order left out), or graph (exact, all steps in memory)",
+        "exact",
     )
     history: Literal["device", "host", "checkpoints"] = setting(
-        "where the parameters of every step wait for their reverse", "device"
+        "where each step's parameters wait: device, host, or checkpoints (only some are kept)",
+        "device",
     )
-    threshold: float = setting(
-        "no update while the loss is above this (MTT: no threshold)", above=0
-    )
+    threshold: float = setting("no update while the loss is above this (none)", above=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -40,3 +40,13 @@ def test_bad_input_is_named():
         intervals.median([])
     with pytest.raises(ValueError, match="other: got 1 times, expected 2"):
         intervals.ratio([1.0, 2.0], [1.0])
+
+
+@pytest.mark.parametrize(("rounds", "label"), [(3, "75%"), (5, "94%"), (6, "95%"), (51, "95%")])
+def test_few_rounds_do_not_promise_more_than_they_hold(rounds, label):
+    assert intervals.label(rounds) == label
+    random = numpy.random.default_rng(2)
+    times = random.normal(size=rounds)
+    low, high = intervals.median(list(times))[1:]
+    if rounds < intervals.FEWEST:
+        assert (low, high) == (times.min(), times.max())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ import pytest
 import torch
 
 from ddfast import methods, nets
+from ddfast.artefact import Artefact
 from ddfast.data import Dataset
+from ddfast.distill import ARTEFACT, distill, loop
 from ddfast.experts.file import EXPERTS, create, described
 from ddfast.methods import Run
 
@@ -52,6 +55,53 @@ def make_experts(tmp_path) -> Callable[..., Path]:
         return folder
 
     return make
+
+
+@pytest.fixture
+def same_when_resumed(tmp_path, monkeypatch) -> Callable[..., Artefact]:
+    """Distils in one go, and with interruptions: the files and losses must be the same bits.
+
+    `same_when_resumed(method, dataset, config, 3, 7)` interrupts before the third and before the
+    seventh iteration that begins; `between` is called with the folder after each interruption. The
+    result is in tmp_path / "cut".
+    """
+
+    def check(
+        method: str,
+        dataset: Dataset,
+        config: methods.Config,
+        *cuts: int,
+        between: Callable[[Path], object] = lambda folder: None,
+    ) -> Artefact:
+        def run(folder: str) -> Artefact:
+            place = tmp_path / folder
+            return distill(method, dataset, config, place, progress=False, device="cpu")
+
+        run("whole")
+        iterate, calls = loop._Loop.iterate, []
+
+        def interrupted(self: loop._Loop) -> torch.Tensor:
+            calls.append(1)
+            if len(calls) in cuts:
+                raise KeyboardInterrupt
+            return iterate(self)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop._Loop, "iterate", interrupted)
+            for _ in cuts:
+                with pytest.raises(KeyboardInterrupt):
+                    run("cut")
+                between(tmp_path / "cut")
+            found = run("cut")
+        files = [(tmp_path / folder / ARTEFACT).read_bytes() for folder in ("whole", "cut")]
+        assert files[0] == files[1]
+        logs = [(tmp_path / folder / "log.jsonl").read_text() for folder in ("whole", "cut")]
+        losses = [[json.loads(line)["loss"] for line in log.splitlines()] for log in logs]
+        assert losses[0] == losses[1]
+        assert len(calls) == len(losses[0]) + len(cuts)
+        return found
+
+    return check
 
 
 def _dataset(counts: list[int], channels: int = 2, size: tuple[int, int] = (8, 8)) -> Dataset:

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from ddfast import methods
 from ddfast.artefact import Artefact
 from ddfast.cli import main
-from ddfast.distill import distill, loop
+from ddfast.distill import distill
 from ddfast.evaluate import compare, evaluate, train_networks
 from ddfast.evaluate.presets import protocol
 from ddfast.evaluate.protocols import by_own_schedule
@@ -28,24 +28,10 @@ def dataset(make_dataset):
 
 
 @pytest.mark.parametrize("method", ALL)
-def test_interrupted_and_resumed_is_the_same_bits(method, tmp_path, dataset, monkeypatch):
+def test_interrupted_and_resumed_is_the_same_bits(method, tmp_path, dataset, same_when_resumed):
     config = methods.find(method).config(**settings_of(method, iterations=5))
-    whole = distill(method, dataset, config, tmp_path / "whole", progress=False, device="cpu")
-    original, calls = loop._Loop.iterate, []
-
-    def interrupted(self):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return original(self)
-
-    monkeypatch.setattr(loop._Loop, "iterate", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        distill(method, dataset, config, tmp_path / "cut", progress=False, device="cpu")
-    monkeypatch.setattr(loop._Loop, "iterate", original)
-    resumed = distill(method, dataset, config, tmp_path / "cut", progress=False, device="cpu")
-    assert torch.equal(resumed.images, whole.images) and resumed.lr == whole.lr
-    assert Artefact.load(tmp_path / "cut" / "distilled.safetensors").lr == whole.lr
+    artefact = same_when_resumed(method, dataset, config, 4)
+    assert Artefact.load(tmp_path / "cut" / "distilled.safetensors").lr == artefact.lr
 
 
 @pytest.mark.parametrize("known", [False, True])

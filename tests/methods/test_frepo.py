@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from ddfast import methods, nets
 from ddfast.artefact import Artefact
-from ddfast.distill import distill, loop
+from ddfast.distill import distill
 from ddfast.methods import Diverged, frepo, network_pool
 from ddfast.random import generator
 
@@ -208,26 +208,11 @@ def test_published_settings(make_dataset, name, ipc, flips) -> None:
     assert (config.solve_dtype, config.init) == ("float32", "real")
 
 
-def test_interrupted_and_resumed_is_the_same_bits(tmp_path, dataset, monkeypatch) -> None:
+def test_interrupted_and_resumed_is_the_same_bits(tmp_path, dataset, same_when_resumed) -> None:
     config = frepo.Config(**SETTINGS | {"iterations": 7})
-    whole = distill("frepo", dataset, config, tmp_path / "whole", progress=False, device="cpu")
-    original, calls = loop._Loop.iterate, []
-
-    def interrupted(self):
-        calls.append(1)
-        if len(calls) == 4:
-            raise KeyboardInterrupt
-        return original(self)
-
-    monkeypatch.setattr(loop._Loop, "iterate", interrupted)
-    with pytest.raises(KeyboardInterrupt):
-        distill("frepo", dataset, config, tmp_path / "cut", progress=False, device="cpu")
-    monkeypatch.setattr(loop._Loop, "iterate", original)
-    resumed = distill("frepo", dataset, config, tmp_path / "cut", progress=False, device="cpu")
-    assert torch.equal(resumed.images, whole.images)
-    assert torch.equal(resumed.soft_labels, whole.soft_labels)
+    artefact = same_when_resumed("frepo", dataset, config, 4)
     kept = Artefact.load(tmp_path / "cut" / "distilled.safetensors")
-    assert torch.equal(kept.soft_labels, whole.soft_labels)
+    assert torch.equal(kept.soft_labels, artefact.soft_labels)
 
 
 def test_what_is_not_finite_is_named(dataset, make_run) -> None:

@@ -15,7 +15,7 @@ from ddfast import methods
 from ddfast.artefact import Artefact
 from ddfast.augment import DSA
 from ddfast.data import normalise, whitened
-from ddfast.distill import distill, loop
+from ddfast.distill import distill
 from ddfast.distill.folder import unfinished
 from ddfast.methods import Diverged, infinite_width, kip
 from ddfast.random import generator
@@ -167,29 +167,10 @@ def test_other_parametrisations_learn(dataset, make_run) -> None:
 
 
 @pytest.mark.parametrize("changes", [{}, {"learn_labels": True, "zca": "rfad"}])
-def test_interrupted_and_resumed_is_the_same_bits(tmp_path, dataset, monkeypatch, changes) -> None:
+def test_interrupted_and_resumed_is_the_same_bits(dataset, same_when_resumed, changes) -> None:
     config = kip.Config(**SETTINGS | {"iterations": 6} | changes)
-    whole = distill("kip", dataset, config, tmp_path / "whole", progress=False, device="cpu")
-    monkeypatch.setattr(loop.methods.kip, "step", cut_short(kip.step, 3))
-    with pytest.raises(KeyboardInterrupt):
-        distill("kip", dataset, config, tmp_path / "cut", progress=False, device="cpu")
-    monkeypatch.undo()
-    resumed = distill("kip", dataset, config, tmp_path / "cut", progress=False, device="cpu")
-    assert torch.equal(resumed.images, whole.images)
-    if changes:
-        assert torch.equal(resumed.soft_labels, whole.soft_labels)
-        assert torch.equal(resumed.whitening.matrix, whole.whitening.matrix)
-
-
-def cut_short(step, after: int):
-    """A step that raises what Ctrl-C does in the iteration with this index."""
-
-    def cut(run):
-        if run.iteration == after:
-            raise KeyboardInterrupt
-        return step(run)
-
-    return cut
+    artefact = same_when_resumed("kip", dataset, config, 4)
+    assert (artefact.soft_labels is None, artefact.whitening is None) == (not changes,) * 2
 
 
 def test_the_artefact_has_what_it_takes(tmp_path, dataset) -> None:
@@ -202,13 +183,13 @@ def test_the_artefact_has_what_it_takes(tmp_path, dataset) -> None:
     assert (tmp_path / "grid.png").exists()
 
 
-def test_an_unfinished_whitened_run_is_not_shown_as_it_is(tmp_path, dataset, monkeypatch) -> None:
+def test_an_unfinished_whitened_run_is_not_shown_as_it_is(dataset, same_when_resumed) -> None:
+    def refused(folder) -> None:
+        with pytest.raises(ValueError, match=r"its images are whitened; grid\.png there shows"):
+            unfinished(folder)
+
     config = kip.Config(**SETTINGS | {"iterations": 6, "zca": "mtt"})
-    monkeypatch.setattr(loop.methods.kip, "step", cut_short(kip.step, 3))
-    with pytest.raises(KeyboardInterrupt):
-        distill("kip", dataset, config, tmp_path, progress=False, device="cpu")
-    with pytest.raises(ValueError, match=r"its images are whitened; grid\.png there shows"):
-        unfinished(tmp_path)
+    same_when_resumed("kip", dataset, config, 4, between=refused)
 
 
 def test_learned_labels_are_off(dataset, make_run) -> None:

@@ -10,9 +10,9 @@ import torch
 
 from ddfast import data, methods
 from ddfast.artefact import Artefact
-from ddfast.distill import distill, unfinished
+from ddfast.distill import unfinished
 from ddfast.evaluate import evaluate
-from ddfast.methods import Interrupted, characteristic, dc, dcc, dm, idm, m3d
+from ddfast.methods import characteristic, dc, dcc, dm, idm, m3d
 from ddfast.methods.feature_matching import sweep
 from ddfast.synthetic import decode, repeats
 
@@ -155,37 +155,18 @@ def test_learning_rates_of_what_is_shared(make_dataset):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_resumes_with_the_same_bits_and_is_evaluated(tmp_path, kind):
+def test_a_run_resumes_with_the_same_bits_and_is_evaluated(tmp_path, kind, same_when_resumed):
     dataset = data.generated(classes=2, size=8, train_per_class=12, test_per_class=4)
     config = methods.find("dm").config(
         ipc=1, parametrisation=kind, iterations=6, lr_img=0.1, **SETTINGS, **KINDS[kind]
     )
-    whole = distill("dm", dataset, config, tmp_path / "whole", progress=False)
 
-    step, calls = dm.step, []
+    def shown(folder):
+        artefact, iteration = unfinished(folder)
+        assert iteration == 3 and artefact.decoded().size == (8, 8)
 
-    def interrupted(run):
-        calls.append(run.iteration)
-        if len(calls) == 4:
-            raise Interrupted
-        return step(run)
-
-    known = methods.find("dm")
-    try:
-        dm.step = interrupted
-        with pytest.raises(KeyboardInterrupt):
-            distill("dm", dataset, config, tmp_path / "two", progress=False)
-    finally:
-        dm.step = step
-    assert known.step is step
-    shown, iteration = unfinished(tmp_path / "two")
-    assert iteration == 3 and shown.decoded().size == (8, 8)
-    again = distill("dm", dataset, config, tmp_path / "two", progress=False)
-    assert torch.equal(whole.images, again.images)
-    for name, tensor in whole.decoder_tensors.items():
-        assert torch.equal(tensor, again.decoder_tensors[name])
-
-    loaded = Artefact.load(tmp_path / "two" / "distilled.safetensors")
+    whole = same_when_resumed("dm", dataset, config, 4, between=shown)
+    loaded = Artefact.load(tmp_path / "cut" / "distilled.safetensors")
     assert loaded.decoder == whole.decoder
     assert loaded.decoder_tensors.keys() == whole.decoder_tensors.keys()
     assert loaded.decoded().images.shape[1:] == (3, 8, 8)

@@ -17,7 +17,7 @@ from ddfast.data import Dataset, generated
 from ddfast.distill import distill, unfinished
 from ddfast.evaluate import evaluate
 from ddfast.experts import open_experts
-from ddfast.methods import Interrupted, Run, rollback, trajectory_matching
+from ddfast.methods import Run, rollback, trajectory_matching
 from ddfast.random import generator
 
 MODEL = "ConvNetD1W4"
@@ -259,7 +259,7 @@ def test_published_lr_lr_keep_their_meaning(make_dataset, make_run, make_experts
 
 @pytest.mark.parametrize("method", OWN)
 def test_a_run_resumes_with_the_same_bits(
-    make_dataset, make_experts, tmp_path, monkeypatch, method
+    make_dataset, make_experts, tmp_path, monkeypatch, method, same_when_resumed
 ) -> None:
     """With roll-backs before and after the interruptions."""
     dataset = generated(classes=3, size=8, train_per_class=6, test_per_class=3)
@@ -268,7 +268,7 @@ def test_a_run_resumes_with_the_same_bits(
         **settings_of(method, experts=experts, iterations=9)
         | ({"teacher_label": True} if method == "tesla" else {})
     )
-    gradients, said = trajectory_matching.gradients, []
+    gradients, count, said = trajectory_matching.gradients, rollback._count, []
 
     def broken(run: Run, *arguments: Any) -> Any:
         losses, found = gradients(run, *arguments)
@@ -276,34 +276,17 @@ def test_a_run_resumes_with_the_same_bits(
             losses = losses + math.inf
         return losses, found
 
+    def learns_a_rate(folder) -> None:
+        assert unfinished(folder)[0].lr is not None
+
     monkeypatch.setattr(trajectory_matching, "gradients", broken)
-    with monkeypatch.context() as patch:
-        patch.setattr(rollback, "_count", lambda *a, count=rollback._count: said.append(count(*a)))
-        whole = distill(method, dataset, config, tmp_path / "whole", progress=False)
-    assert len(said) == 3
-    module = getattr(methods, method)
-    step, calls = module.step, []
-
-    def interrupted(run: Run) -> Tensor:
-        calls.append(run.iteration)
-        if len(calls) in (3, 7):
-            raise Interrupted
-        return step(run)
-
-    monkeypatch.setattr(module, "step", interrupted)
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt):
-            distill(method, dataset, config, tmp_path / "two", progress=False)
-        assert unfinished(tmp_path / "two")[0].lr is not None
-    again = distill(method, dataset, config, tmp_path / "two", progress=False)
-    assert torch.equal(whole.images, again.images) and whole.lr == again.lr
+    monkeypatch.setattr(rollback, "_count", lambda *a: said.append(count(*a)))
+    again = same_when_resumed(method, dataset, config, 3, 7, between=learns_a_rate)
+    assert len(said) == 2 * 3
     if method in ("tesla", "datm"):
-        assert torch.equal(whole.soft_labels, again.soft_labels)
-        assert torch.allclose(whole.soft_labels.sum(1), torch.ones(6))
-    lines = [(tmp_path / each / "log.jsonl").read_text() for each in ("whole", "two")]
-    losses = [[line.split('"loss": ')[1].split(",")[0] for line in x.splitlines()] for x in lines]
-    assert losses[0] == losses[1] and len(losses[0]) == 9
-    assert Artefact.load(tmp_path / "two" / "distilled.safetensors").lr == whole.lr
+        assert torch.allclose(again.soft_labels.sum(1), torch.ones(6))
+    assert len((tmp_path / "cut" / "log.jsonl").read_text().splitlines()) == 9
+    assert Artefact.load(tmp_path / "cut" / "distilled.safetensors").lr == again.lr
 
 
 def test_the_experts_and_not_their_place_make_the_run(

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -16,6 +17,8 @@ SOURCES = [
     "benchmarks",
     "csrc",
     "ddfast",
+    "docs",
+    "examples",
     "kernels",
     "LICENSE",
     "MANIFEST.in",
@@ -90,10 +93,10 @@ def use_installed(wheel: Path, folder: Path) -> list[str]:
 def expected_files(source: Path) -> set[str]:
     package = {str(p.relative_to(source)) for p in (source / "ddfast").rglob("*.py")}
     kernels = {f"ddfast/kernels/{p.name}" for p in (source / "kernels").glob("*.py")}
-    # What `ddfast bench` runs; the rest writes the checkout's tables.
-    patterns = ("__init__.py", "bench_*.py", "*_task.py", "plain_*.py")
-    found = [p for pattern in patterns for p in (source / "benchmarks").glob(pattern)]
-    benchmarks = {f"ddfast/benchmarks/{p.name}" for p in found}
+    # What writes the checkout's tables is not installed.
+    scripts = {"accuracy.py", "adjoints.py", "peak_memory.py", "readme_table.py", "test_ratios.py"}
+    found = {p.name for p in (source / "benchmarks").glob("*.py")} - scripts
+    benchmarks = {f"ddfast/benchmarks/{name}" for name in found}
     stubs = {"ddfast/_C.pyi", "ddfast/_cuda.pyi"}
     data = {"ddfast/py.typed", "ddfast/methods/figures.csv"} | stubs
     return package | kernels | benchmarks | data
@@ -128,6 +131,15 @@ def test_file_list(wheel, source):
     assert sorted(f.split(".")[0] for f in compiled) == modules
     assert plain - compiled == expected_files(source)
     assert any(f.endswith(".dist-info/licenses/LICENSE") for f in files)
+
+
+def test_source_distribution_holds_what_readme_links_to(wheel, source):
+    (archive,) = wheel.parent.glob("*.tar.gz")
+    with tarfile.open(archive) as opened:
+        files = {name.split("/", 1)[1] for name in opened.getnames() if "/" in name}
+    for folder in ("docs", "examples"):
+        expected = {p.relative_to(source).as_posix() for p in (source / folder).rglob("*.*")}
+        assert expected and expected <= files
 
 
 def test_installed_wheel_works_from_an_empty_folder(wheel, tmp_path):
