@@ -1,9 +1,10 @@
 """Squared maximum mean discrepancy (M3D's and other kernels): value, and gradient by x.
 
     python benchmarks/bench_mmd.py --out benchmarks/results/mmd.csv
-    python benchmarks/bench_mmd.py --memory 10000      # peak memory at n=m=10000, d=128 instead
+    python benchmarks/bench_mmd.py --memory 10000 --out benchmarks/results/mmd_memory.json
 
-The second form takes a process for each provider; eager needs about 20 GB at 10000 rows.
+The second form measures peak memory at n=m=10000, d=128 instead, in a process for each provider;
+eager needs more than 7 GB there.
 
 The baseline is the plain formula, |a|^2 + |b|^2 - 2ab, exponentials and means, with autograd, once
 for each of the three matrices of pairs; for energy it is torch.cdist. "pooled" does it over one
@@ -20,13 +21,14 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import ddfast
 from ddfast import losses
-from ddfast.bench import Case, compiled, run
+from ddfast.bench import Case, commit, compiled, device_name, run
 from ddfast.bench.sizes import Size
 from ddfast.benchmarks import sizing
 from ddfast.memory import peak_resident
@@ -236,8 +238,8 @@ def memory_of(provider: str, device: str, rows: int, d: int = 128) -> dict[str, 
     return {"bytes": peak(device) - before}
 
 
-def memory(device: str, rows: int) -> None:
-    """Print the peak of each provider, each measured in a process of its own."""
+def memory(device: str, rows: int, out: Path | None) -> None:
+    """Print and write the peak of each provider, each measured in a process of its own."""
     found = {}
     for provider in ("ddfast", "eager"):
         call = f"memory_of({provider!r}, {device!r}, {rows})"
@@ -256,6 +258,13 @@ def memory(device: str, rows: int) -> None:
         print(f"n=m={rows}, d=128, {provider}: {found[provider] / 2**20:.1f} MiB", flush=True)
     if len(found) == 2:
         print(f"eager takes {found['eager'] / max(found['ddfast'], 1):.0f} times as much")
+    if out is not None:
+        machine = {"device": device_name(device), "torch": torch.__version__, "commit": commit()}
+        measured = [
+            {"provider": name, "rows": rows, "width": 128, "above_inputs_mib": round(b / 2**20, 1)}
+            for name, b in found.items()
+        ]
+        out.write_text(json.dumps([row | machine for row in measured], indent=2) + "\n")
 
 
 if __name__ == "__main__":
@@ -263,7 +272,8 @@ if __name__ == "__main__":
         parser = argparse.ArgumentParser(description=__doc__)
         parser.add_argument("--memory", type=int, metavar="ROWS", help="rows of each set")
         parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+        parser.add_argument("--out", type=Path, help="a JSON file")
         chosen = parser.parse_args()
-        memory(chosen.device, chosen.memory)
+        memory(chosen.device, chosen.memory, chosen.out)
     else:
         run(cases, __doc__ or "")

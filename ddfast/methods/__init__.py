@@ -4,8 +4,8 @@ A method is a module with `TITLE`, `MATCHES`, `PROTOCOL`, `Config`, `check(run)`
 cannot work before the first step, and `step(run)`, which changes the synthetic set and returns the
 loss of each class. One that needs trained networks has `prepare(run)`, a generator that does a part
 of that work, puts it into `run.state` and yields a line about it; it begins with what is missing
-there. Everything else (data, checkpoints, logging, evaluation) is shared; see
-`ddfast.distill`.
+there. `STATUS` says how far it has been verified, if that is not to a literal loop. Everything else
+(data, checkpoints, logging, evaluation) is shared; see `ddfast.distill`.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def _own() -> dict[str, Method]:
             module.TITLE,
             module.MATCHES,
             module.PROTOCOL,
-            verified,
+            getattr(module, "STATUS", verified),
             module.Config,
             module.check,
             getattr(module, "prepare", nothing),

@@ -45,8 +45,9 @@ class Config(Shared):
         """20001 iterations, real images to start from, lr_img 1 up to ipc 50 and 10 above.
 
         The published lr_img are those of CIFAR-10; CIFAR-100 has 1 for all its ipc. Other data sets
-        follow CIFAR-10. For digits 500 iterations: on a split of their training images more gained
-        less than a standard deviation.
+        follow CIFAR-10. All are for ConvNets: for ResNets the authors advise 0.1 or 0.01. For
+        digits 500 iterations: on a split of their training images more gained less than a standard
+        deviation.
         """
         large = self.ipc > 50 and dataset.name != "CIFAR100"
         return {

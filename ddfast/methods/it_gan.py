@@ -57,6 +57,10 @@ from ddfast.random import generator
 TITLE = "Synthesizing Informative Training Samples with GAN (Zhao and Bilen, 2022)"
 MATCHES = "mean features, by the latents of a trained generator; in the style of IT-GAN"
 PROTOCOL = "it_gan"
+STATUS = (
+    "as the paper's training is not published, its form here is unverified; "
+    "verified step by step against a literal loop of that form"
+)
 
 CHUNK = 500
 """Latents that go through the generator at once, as published."""

@@ -34,7 +34,8 @@ is intended and a switch does as released:
 
 Not emulated: decoded images come from a thread that runs up to ten class steps ahead of the
 updates, so how stale they are depends on the machine's speed. Not offered: features of several
-layers for networks with more than 5 blocks, and soft labels.
+layers for networks with more than 5 blocks, which in the released code call what no network of it
+has, and soft labels.
 """
 
 from __future__ import annotations

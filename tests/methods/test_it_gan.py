@@ -228,5 +228,12 @@ def test_errors(make_dataset, make_run):
         make_run("it_gan", dataset, ipc=2, parametrisation="bases", **SETTINGS)
 
 
+def test_what_is_unverified_is_said():
+    assert "unverified" in methods.find("it_gan").status
+    assert "Unverified." in it_gan.__doc__
+    said = [name for name, known in methods.methods().items() if "unverified" in known.status]
+    assert said == ["it_gan"]
+
+
 def test_a_user_module_is_used_as_it_is():
     assert isinstance(it_gan.found("toy_generators:make"), nn.Module)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 
 import pytest
@@ -283,6 +284,35 @@ def test_bad_input_is_named(arguments, kind, message):
     ):
         with pytest.raises(kind, match=message):
             f(*arguments)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("given", [False, True])
+def test_the_gradient_of_a_gradient_is_refused(backend, compiled, given):
+    """A bilevel use, with weights in between, whole steps compiled or not."""
+    x, y, net = draw(3, 4), draw(5, 4, seed=1), draw(4, 4, seed=2).requires_grad_()
+    t = draw(6, 4, seed=3) if given else Frequencies(6, 1)
+
+    def outer(x, y, net):
+        features = torch.tanh(x @ net), torch.tanh(y @ net)
+        value = losses.characteristic_function_distance(*features, t)
+        (gradient,) = torch.autograd.grad(value, net, create_graph=True)
+        return (gradient**2).sum()
+
+    options = contextlib.nullcontext()
+    if compiled:
+        if not hasattr(torch._dynamo.config, "trace_autograd_ops"):
+            return  # torch before 2.13 cannot trace autograd.grad
+        torch._dynamo.reset()
+        outer = torch.compile(outer, backend="aot_eager", fullgraph=True)
+        options = torch._dynamo.config.patch(trace_autograd_ops=True)
+    with (
+        ddfast.use_backend(backend),
+        options,
+        pytest.raises(Exception, match="a second derivative is not supported"),
+    ):
+        torch.autograd.grad(outer(x, y, net), net)
 
 
 def test_transforms_and_forward_mode_are_refused():
