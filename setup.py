@@ -179,7 +179,7 @@ class NinjaBuild(build_ext):
 # Of benchmarks/ what `ddfast bench` runs is installed, and not what only serves the checkout.
 CHECKOUT_ONLY = {
     *("accuracy", "adjoints", "peak_memory", "test_ratios"),
-    *("readme_table", "page_tables", "method_pages"),
+    *("readme_table", "page_tables", "method_pages", "overview_tables"),
 }
 
 

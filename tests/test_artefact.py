@@ -7,15 +7,17 @@ import json
 import math
 import pickle
 import struct
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save as serialise
 from safetensors.torch import save_file
 
 from ddfast.artefact import Artefact, load, save
-from ddfast.artefact import file as module
-from ddfast.data import denormalise, normalise
+from ddfast.artefact.file import KEY
+from ddfast.data import denormalise, normalise, signed_file
 
 MEAN, STD = (0.1, 0.5), (0.3, 0.25)
 
@@ -201,11 +203,11 @@ def test_any_flipped_byte_of_the_data_is_found(path):
 
 def rewritten(path, change, tensors=None):
     """The file with another header."""
-    with module.safe_open(path, framework="pt") as file:
-        header = json.loads(file.metadata()[module.KEY])
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()[KEY])
         kept = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     change(header)
-    save_file(kept if tensors is None else tensors, path, {module.KEY: json.dumps(header)})
+    save_file(kept if tensors is None else tensors, path, {KEY: json.dumps(header)})
 
 
 def test_other_versions_and_missing_keys(path):
@@ -235,7 +237,7 @@ def test_contents_that_do_not_fit_together_name_the_file(path):
 
     def sign(header):
         recipe = json.dumps(header["recipe"], sort_keys=True)
-        header["sha256"] = module.digest(tensors, recipe)
+        header["sha256"] = signed_file.digest(tensors, recipe)
 
     rewritten(path, sign, tensors)
     with pytest.raises(ValueError, match=r"distilled\.safetensors cannot be used: images has"):
@@ -288,7 +290,7 @@ def test_what_was_there_survives_a_failure(path, monkeypatch):
     def full(*_):
         raise OSError("no space left on the device")
 
-    monkeypatch.setattr(module.Path, "write_bytes", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match="no space"):
         make(seed=9).save(path)
     monkeypatch.undo()

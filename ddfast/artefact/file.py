@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping
@@ -10,13 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialise
 from torch import Tensor
 
-from ddfast._version import __version__
 from ddfast.artefact.contents import Artefact
-from ddfast.data.files import whole_file
+from ddfast.data import signed_file
 from ddfast.data.whitening import Whitening
 
 __all__ = ["FORMAT_VERSION", "load", "save"]
@@ -24,8 +20,7 @@ __all__ = ["FORMAT_VERSION", "load", "save"]
 FORMAT_VERSION = 1
 """Of the files that are written, and the only one that is read."""
 
-# All metadata live under one key: safetensors writes several in random order, and the same artefact
-# has to be the same bytes.
+# All metadata live under one key, so that the same artefact is the same bytes.
 KEY = "ddfast"
 DECODER = "decoder."  # before the names of its tensors
 WHITENING = "whitening."  # before the names of its tensors
@@ -72,11 +67,9 @@ def save(artefact: Artefact, path: str | os.PathLike[str]) -> Path:
     header = {
         "format_version": FORMAT_VERSION,
         "recipe": recipe,
-        "sha256": digest(tensors, json.dumps(recipe, sort_keys=True)),
+        "sha256": signed_file.digest(tensors, json.dumps(recipe, sort_keys=True)),
     }
-    content = serialise(tensors, {KEY: json.dumps(header, sort_keys=True)})
-    with whole_file(path) as temporary:
-        temporary.write_bytes(content)
+    signed_file.write(path, tensors, {KEY: json.dumps(header, sort_keys=True)})
     return path
 
 
@@ -93,35 +86,15 @@ def load(path: str | os.PathLike[str]) -> Artefact:
             or contents that do not fit together; the message names the file.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no artefact at {path}")
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; give the artefact's file")
+    header, tensors = signed_file.read(path, KEY, "artefact")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is no safetensors file, or it is damaged or cut short: {error}"
-        ) from None
-    if KEY not in metadata:
-        raise ValueError(f"{path} is no artefact of ddfast: its metadata have no {KEY!r}")
-    try:
-        header = json.loads(metadata[KEY])
-        version = header["format_version"]
-        if version != FORMAT_VERSION:
-            raise ValueError(
-                f"it has format version {version!r}, and ddfast {__version__} reads version "
-                f"{FORMAT_VERSION}"
-            )
+        signed_file.check_version(header, FORMAT_VERSION)
         recipe = header["recipe"]
         missing = [name for name in ("images", "labels") if name not in tensors]
         missing += [name for name in RECIPE if name not in recipe]
         if missing:
             raise ValueError(f"it lacks {', '.join(missing)}")
-        if header["sha256"] != digest(tensors, json.dumps(recipe, sort_keys=True)):
-            raise ValueError("its contents do not match its checksum: it is damaged")
+        signed_file.check_contents(header, tensors, recipe)
         lr = tensors.get("lr")
         return Artefact(
             images=tensors["images"],
@@ -148,13 +121,3 @@ def _whitening(recipe: Mapping[str, Any] | None, tensors: Mapping[str, Tensor]) 
         return None
     shift, matrix = (tensors[WHITENING + name] for name in ("shift", "matrix"))
     return Whitening(recipe["mode"], shift, matrix, recipe["length"], recipe.get("block", 0))
-
-
-def digest(tensors: Mapping[str, Tensor], recipe: str) -> str:
-    """SHA-256 over the recipe and every tensor's name, type, shape and bytes."""
-    sha = hashlib.sha256(recipe.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return sha.hexdigest()

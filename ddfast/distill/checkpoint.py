@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
 
-from ddfast.data.files import whole_file
+from ddfast.data import signed_file
 
 KEPT = 2
 
@@ -29,16 +26,6 @@ def state_of(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def _path(folder: Path, iteration: int) -> Path:
     return folder / f"iteration-{iteration:09d}.safetensors"
-
-
-def _digest(tensors: dict[str, Tensor], header: str) -> str:
-    """SHA-256 over the header and every tensor's name, type, shape and bytes."""
-    sha = hashlib.sha256(header.encode())
-    for name in sorted(tensors):
-        tensor = tensors[name].contiguous()
-        sha.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        sha.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return sha.hexdigest()
 
 
 def write(folder: Path, iteration: int, tensors: dict[str, Tensor], header: dict[str, Any]) -> None:
@@ -56,9 +43,8 @@ def write(folder: Path, iteration: int, tensors: dict[str, Tensor], header: dict
     """
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps({**header, "iteration": iteration})
-    content = save(tensors, {"header": text, "sha256": _digest(tensors, text)})
-    with whole_file(_path(folder, iteration)) as temporary:
-        temporary.write_bytes(content)
+    metadata = {"header": text, "sha256": signed_file.digest(tensors, text)}
+    signed_file.write(_path(folder, iteration), tensors, metadata)
     for old in _existing(folder)[:-KEPT]:
         old.unlink(missing_ok=True)
 
@@ -74,7 +60,7 @@ def read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         text = metadata["header"]
-        if metadata["sha256"] != _digest(tensors, text):
+        if metadata["sha256"] != signed_file.digest(tensors, text):
             raise ValueError("its checksum does not match")
         return tensors, json.loads(text)
     except (SafetensorError, KeyError, ValueError) as error:

@@ -9,12 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save as serialise
 
-from ddfast._version import __version__
-from ddfast.artefact.file import digest
-from ddfast.data.files import whole_file
+from ddfast.data import signed_file
 from ddfast.generator.network import Generator, folded
 
 __all__ = ["FORMAT_VERSION", "load", "save"]
@@ -64,11 +60,9 @@ def save(
     header = {
         "format_version": FORMAT_VERSION,
         **contents,
-        "sha256": digest(tensors, json.dumps(contents, sort_keys=True)),
+        "sha256": signed_file.digest(tensors, json.dumps(contents, sort_keys=True)),
     }
-    content = serialise(tensors, {KEY: json.dumps(header, sort_keys=True)})
-    with whole_file(path) as temporary:
-        temporary.write_bytes(content)
+    signed_file.write(path, tensors, {KEY: json.dumps(header, sort_keys=True)})
     return path
 
 
@@ -90,30 +84,11 @@ def load(path: str | os.PathLike[str]) -> Generator:
             the message names the file.
     """
     path = Path(path)
-    if not path.exists():
-        raise FileNotFoundError(f"no generator at {path}")
-    if path.is_dir():
-        raise IsADirectoryError(f"{path} is a folder; give the generator's file")
+    header, tensors = signed_file.read(path, KEY, "generator")
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path} is no safetensors file, or it is damaged or cut short: {error}"
-        ) from None
-    if KEY not in metadata:
-        raise ValueError(f"{path} is no generator of ddfast: its metadata have no {KEY!r}")
-    try:
-        header = json.loads(metadata[KEY])
-        if header["format_version"] != FORMAT_VERSION:
-            raise ValueError(
-                f"it has format version {header['format_version']!r}, and ddfast {__version__} "
-                f"reads version {FORMAT_VERSION}"
-            )
+        signed_file.check_version(header, FORMAT_VERSION)
         contents = {name: header[name] for name in ("architecture", "recipe")}
-        if header["sha256"] != digest(tensors, json.dumps(contents, sort_keys=True)):
-            raise ValueError("its contents do not match its checksum: it is damaged")
+        signed_file.check_contents(header, tensors, contents)
         generator = Generator(**header["architecture"], spectral=False)
         generator.load_state_dict(tensors)
         _check_finite(tensors)
