@@ -38,7 +38,9 @@ def setting(
     """A field of a config: its line of help, other names of its flag, and the range it must lie in.
 
     Args:
+        help: one line.
         default: None stands for the published value for the data set and ipc.
+        aliases: other names of its flag.
         group: the heading of the help under which it is listed.
         least, above, below: bounds, `least` included, the two others not.
         identity: whether two runs that differ in it are different runs.
