@@ -1,8 +1,8 @@
 """Guards: some operators stay so many times as fast as plain PyTorch; `make bench-check`.
 
 They depend on what else the machine does, so that `make test` does not collect them. A guard fails
-only if the whole 95 % interval of the ratio lies below what it demands, which is well under what
-benchmarks/RESULTS.md reports.
+only if the whole 95 % interval of the ratio lies below what it demands, which is about half of what
+was measured when it was written.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ GUARDS = [
     ("gradient_distance", "gradient_distance", "backward", 2.0),
     ("norm_relu_pool", "norm_relu_pool", "backward", 2.0),
     ("mmd", "mmd", "backward", 1.2),
+    ("kernel_matrix", "conv_kernel", "forward", 8.0),
 ]
 
 

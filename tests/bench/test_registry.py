@@ -22,9 +22,12 @@ def registered() -> set[str]:
     for module in pkgutil.iter_modules(ddfast.ops.__path__):
         importlib.import_module(f"ddfast.ops.{module.name}")
     found = torch._C._dispatch_get_all_op_names()
-    return {
-        re.sub("(_bwd)+$", "", n.removeprefix("ddfast::")) for n in found if n[:8] == "ddfast::"
-    }
+    return {base(name) for name in found if name.startswith("ddfast::")}
+
+
+def base(name):
+    """Of an operator or one of its backwards."""
+    return re.sub("(_bwd)+$", "", name.removeprefix("ddfast::"))
 
 
 def test_every_operator_is_covered_and_no_other():
