@@ -1,8 +1,8 @@
 """Guards: some operators stay so many times as fast as plain PyTorch; `make bench-check`.
 
 They depend on what else the machine does, so that `make test` does not collect them. A guard fails
-only if the whole 95 % interval of the ratio lies below what it demands, which is well under what
-benchmarks/RESULTS.md reports.
+only if the whole 95 % interval of the ratio lies below what it demands, which is about half of what
+was measured when it was written.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ from ddfast.bench.registry import cases_of
 # Benchmark, operator, mode, and the least ratio to the eager baseline with one thread.
 GUARDS = [
     ("gradient_distance", "gradient_distance", "backward", 2.0),
-    ("norm_relu_pool", "norm_relu_pool", "backward", 2.0),
+    ("norm_relu_pool", "norm_relu_pool", "backward", 4.0),
     ("mmd", "mmd", "backward", 1.2),
+    ("kernel_matrix", "conv_kernel", "forward", 40.0),
 ]
 
 

@@ -10,10 +10,11 @@ import types
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import ddfast.ops
 from ddfast import methods
-from ddfast.bench import registry
+from ddfast.bench import Size, registry
 
 
 def registered() -> set[str]:
@@ -21,15 +22,47 @@ def registered() -> set[str]:
     for module in pkgutil.iter_modules(ddfast.ops.__path__):
         importlib.import_module(f"ddfast.ops.{module.name}")
     found = torch._C._dispatch_get_all_op_names()
-    return {
-        re.sub("(_bwd)+$", "", n.removeprefix("ddfast::")) for n in found if n[:8] == "ddfast::"
-    }
+    return {base(name) for name in found if name.startswith("ddfast::")}
+
+
+def base(name):
+    """Of an operator or one of its backwards."""
+    return re.sub("(_bwd)+$", "", name.removeprefix("ddfast::"))
 
 
 def test_every_operator_is_covered_and_no_other():
     covered = [operator for operators in registry.COVERS.values() for operator in operators]
     assert set(covered) == registered()
     assert len(covered) == len(set(covered))
+
+
+class Recorded(TorchDispatchMode):
+    """Notes which of ddfast's operators run."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, f, types, args=(), kwargs=None):
+        if f.namespace == "ddfast":
+            self.names.add(base(f._schema.name))
+        return f(*args, **(kwargs or {}))
+
+
+def test_every_operator_is_run_by_the_benchmarks_that_say_so():
+    size = Size("tiny", classes=2, channels=3, side=8, batch_real=3, ipc=2, width=4, depth=2)
+    options = registry.Options(quick=True, no_compile=True, memory=64 << 20)
+    found = {}
+    for name in registry.BENCHMARKS:
+        found[name] = recorded = Recorded()
+        for case in registry.cases_of(name, size, options):
+            for provider, f in case.providers.items():
+                if provider.startswith("ddfast"):
+                    with recorded:
+                        f()
+    for name, operators in registry.COVERS.items():
+        missing = set(operators) - found[name].names
+        assert not missing, f"{name} does not run {', '.join(sorted(missing))}"
 
 
 def test_every_method_has_a_name():
