@@ -170,6 +170,8 @@ def sized(size: Size, options: argparse.Namespace) -> Iterator[Case]:
     classes = min(size.classes, max(2, few.batch_real))  # with one there is nothing to learn
     dataset = noise(size, classes, max(1, few.batch_real // classes))
     made = case(dataset, sizing.network(size), len(dataset.train_labels), "sgd", "cpu", networks)
+    for rule in (0, 1, networks):  # the same as one by one, or as stacked
+        made.providers.pop(f"ddfast, stacks of {rule}", None)
     yield dataclasses.replace(
         made,
         mode="iteration",

@@ -81,7 +81,8 @@ def several_classes(
         max(images, least * few.batch_real),
         few.batch_real,
     )
-    ipc = max(1, min(size.ipc, few.batch_real // 8))
+    # As there are published settings for.
+    ipc = max(n for n in (1, 2, 5, size.ipc) if n <= max(1, min(size.ipc, few.batch_real // 8)))
     ipc_note = f"{ipc} of {size.ipc} images per class" if ipc < size.ipc else ""
     note = ", ".join(part for part in (classes, parts, ipc_note) if part)
     return dataclasses.replace(few, ipc=ipc), note
