@@ -35,6 +35,8 @@ DATASET = generated(classes=3, size=8, train_per_class=6, test_per_class=1)
 
 WATCHED = {module.__file__ for module in (checkpoint, folder, log, loop)} | {
     sys.modules["ddfast.data.files"].__file__,
+    sys.modules["ddfast.data.signed_file"].__file__,
+    sys.modules["ddfast.distill.resumable"].__file__,
     sys.modules["ddfast.methods.run"].__file__,
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -11,23 +10,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from ddfast import methods
-from ddfast._version import __version__
 from ddfast.artefact import Artefact
 from ddfast.data import Dataset
 from ddfast.distill import checkpoint, folder
 from ddfast.distill.checkpoint import STATE
-from ddfast.distill.log import Log, peak_memory
-from ddfast.distill.process import (
-    clear,
-    deterministic,
-    say,
-    signals,
-    usable_device,
-    warn_of_changes,
-)
+from ddfast.distill.log import peak_memory
+from ddfast.distill.process import deterministic, say, signals, usable_device
+from ddfast.distill.resumable import Resumable
 from ddfast.memory import DEFAULT, in_words, parse_memory
 from ddfast.methods import Config, Diverged, Interrupted, Method, Run
 from ddfast.methods.run import learned, restore
@@ -37,11 +28,6 @@ ARTEFACT = "distilled.safetensors"
 
 LAST_GOOD = "last_good.safetensors"
 PICTURES = 10  # in the course of a run
-
-# Without checkpoint_every, a checkpoint follows when as many seconds have passed, and a hundred
-# times as long as the last one took to write: less than 1 % of the time goes into them.
-SECONDS_BETWEEN = 20.0
-SHARE = 100.0
 
 
 def distill(
@@ -112,8 +98,10 @@ def distill(
             return _Loop(known, run, out, mine, checkpoint_every, progress).finish()
 
 
-class _Loop:
-    """A run, its folder and its clock."""
+class _Loop(Resumable):
+    """A run of a method."""
+
+    run: Run
 
     def __init__(
         self,
@@ -124,31 +112,14 @@ class _Loop:
         checkpoint_every: int | None,
         progress: bool,
     ) -> None:
-        self.method, self.run, self.out, self.mine = method, run, out, mine
-        self.every, self.progress = checkpoint_every, progress
-        self.checkpoints = out / "checkpoint"
-        self.checkpoints.mkdir(exist_ok=True)
-        clear(out)
-        clear(self.checkpoints)
-        self.seconds_before = 0.0
-        self.resume()
-        self.started = self.saved = time.monotonic()
-        self.cost = 0.0
+        self.method = method
+        super().__init__(run, out, mine, checkpoint_every, progress)
 
     def finish(self) -> Artefact:
         """Iterate to the end; write the artefact and the picture."""
         run, iterations = self.run, self.run.config.iterations
-        self.log = Log(self.out / "log.jsonl", run.iteration)
-        bar = tqdm(
-            total=iterations,
-            initial=run.iteration,
-            desc=f"{self.method.name} {run.dataset.name} ipc {run.config.ipc}",
-            unit="it",
-            disable=not self.progress,
-            mininterval=0.5 if sys.stderr.isatty() else 30,
-            dynamic_ncols=True,
-        )
-        try:
+        title = f"{self.method.name} {run.dataset.name} ipc {run.config.ipc}"
+        with self.under_way(title) as bar:
             self.prepare()
             while run.iteration < iterations and not run.finished:
                 self.picture_if_due()
@@ -170,19 +141,6 @@ class _Loop:
                     self.save()
                 if run.stop and run.iteration < iterations and not run.finished:
                     raise Interrupted
-            self.save()
-        except KeyboardInterrupt:
-            self.save()
-            bar.close()
-            say(
-                self.progress,
-                f"stopped and saved after {run.iteration} of {iterations} iterations; the same "
-                "command again goes on from there",
-            )
-            raise
-        finally:
-            bar.close()
-            self.log.close()
         artefact = self.artefact()
         self.picture()
         artefact.save(self.out / ARTEFACT)
@@ -222,50 +180,26 @@ class _Loop:
         run.iteration += 1
         return losses
 
-    def seconds(self) -> float:
-        """Of the whole run, without the time between an interruption and the resume."""
-        return self.seconds_before + time.monotonic() - self.started
+    def state(self) -> dict[str, Tensor]:
+        kept = {STATE + name: tensor for name, tensor in self.run.state.items()}
+        return learned(self.run) | kept
 
-    def due(self, prepared: bool = False) -> bool:
-        if self.every is not None and not prepared:
-            return self.run.iteration % self.every == 0
-        return time.monotonic() - self.saved > max(SECONDS_BETWEEN, SHARE * self.cost)
-
-    def save(self) -> None:
-        """Write a checkpoint, after the log, which may be ahead of it but never behind."""
-        begin = time.monotonic()
-        self.log.flush()
-        header = {
-            "seconds": self.seconds(),
-            "identity": self.mine,
-            "made with": _conditions(self.run),
-        }
-        checkpoint.write(self.checkpoints, self.run.iteration, _state(self.run), header)
-        self.saved = time.monotonic()
-        self.cost = self.saved - begin
-
-    def resume(self) -> None:
-        """Take up the last checkpoint, if there is one."""
-        found = checkpoint.read_last(self.checkpoints)
-        if found is None:
-            return
-        tensors, header = found
+    def misfit(self, tensors: dict[str, Tensor]) -> str:
         for name, tensor in self.run.tensors.items():
             shape = tuple(tensors[name].shape) if name in tensors else "nothing"
-            if header["identity"] != self.mine or shape != tuple(tensor.shape):
-                raise ValueError(
-                    f"checkpoint: {self.checkpoints} is not of this run ({name} has shape {shape}, "
-                    f"expected {tuple(tensor.shape)}); remove it to start the run anew"
-                )
+            if shape != tuple(tensor.shape):
+                return f"{name} has shape {shape}, expected {tuple(tensor.shape)}"
+        return ""
+
+    def take_up(self, tensors: dict[str, Tensor]) -> None:
         restore(self.run, tensors)
         self.run.state = {
             name: tensor.to(self.run.device)
             for name, tensor in checkpoint.state_of(tensors).items()
         }
-        self.run.iteration = header["iteration"]
-        self.seconds_before = header["seconds"]
-        say(self.progress, f"{self.out}: going on after {self.run.iteration} iterations")
-        warn_of_changes(header["made with"], _conditions(self.run), 4)
+
+    def conditions(self) -> dict[str, Any]:
+        return {**super().conditions(), "memory": self.run.memory}
 
     def artefact(self) -> Artefact:
         run, data = self.run, self.run.dataset
@@ -296,19 +230,3 @@ class _Loop:
 
     def picture(self) -> None:
         self.artefact().picture(self.out / "grid.png")
-
-
-def _state(run: Run) -> dict[str, Tensor]:
-    """Everything that changes in the course of a run, but for the number of the iteration."""
-    return learned(run) | {STATE + name: tensor for name, tensor in run.state.items()}
-
-
-def _conditions(run: Run) -> dict[str, Any]:
-    """Beside the identity, what the bits of the result depend on."""
-    return {
-        "device": run.device.type,
-        "threads": torch.get_num_threads(),
-        "memory": run.memory,
-        "torch": torch.__version__,
-        "ddfast": __version__,
-    }

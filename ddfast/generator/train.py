@@ -3,27 +3,15 @@
 from __future__ import annotations
 
 import os
-import sys
-import time
-from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from ddfast._version import __version__
 from ddfast.data import Dataset
-from ddfast.distill import checkpoint, folder
-from ddfast.distill.log import Log
-from ddfast.distill.loop import SECONDS_BETWEEN, SHARE
-from ddfast.distill.process import (
-    clear,
-    deterministic,
-    say,
-    signals,
-    usable_device,
-    warn_of_changes,
-)
+from ddfast.distill import folder
+from ddfast.distill.process import deterministic, say, signals, usable_device
+from ddfast.distill.resumable import Resumable
 from ddfast.generator.adversarial import (
     Config,
     Training,
@@ -107,42 +95,15 @@ def train(
         return load(out / GENERATOR)
 
 
-class _Loop:
-    """A run, its folder and its clock."""
+class _Loop(Resumable):
+    """A training of a generator."""
 
-    def __init__(
-        self,
-        run: Training,
-        out: Path,
-        mine: dict[str, Any],
-        checkpoint_every: int | None,
-        progress: bool,
-    ) -> None:
-        self.run, self.out, self.mine = run, out, mine
-        self.every, self.progress = checkpoint_every, progress
-        self.checkpoints = out / "checkpoint"
-        self.checkpoints.mkdir(exist_ok=True)
-        clear(out)
-        clear(self.checkpoints)
-        self.seconds_before = 0.0
-        self.resume()
-        self.started = self.saved = time.monotonic()
-        self.cost = 0.0
+    run: Training
 
     def finish(self) -> None:
         """Iterate to the end; write the generator and the picture."""
         run, iterations = self.run, self.run.config.iterations
-        self.log = Log(self.out / "log.jsonl", run.iteration)
-        bar = tqdm(
-            total=iterations,
-            initial=run.iteration,
-            desc=f"generator {run.dataset.name}",
-            unit="it",
-            disable=not self.progress,
-            mininterval=0.5 if sys.stderr.isatty() else 30,
-            dynamic_ncols=True,
-        )
-        try:
+        with self.under_way(f"generator {run.dataset.name}") as bar:
             while run.iteration < iterations:
                 if run.iteration and run.iteration % max(1, iterations // PICTURES) == 0:
                     self.picture(finished(run))
@@ -160,19 +121,6 @@ class _Loop:
                     self.save()
                 if run.stop and run.iteration < iterations:
                     raise Interrupted
-            self.save()
-        except KeyboardInterrupt:
-            self.save()
-            bar.close()
-            say(
-                self.progress,
-                f"stopped and saved after {run.iteration} of {iterations} iterations; the same "
-                "command again goes on from there",
-            )
-            raise
-        finally:
-            bar.close()
-            self.log.close()
         generator = finished(run)
         self.picture(generator)
         save(generator, self.out / GENERATOR, self.recipe())
@@ -200,51 +148,8 @@ class _Loop:
         half = [0.5] * run.dataset.channels
         grid(images, labels, half, half, self.out / SAMPLES)
 
-    def seconds(self) -> float:
-        """Of the whole run, without the time between an interruption and the resume."""
-        return self.seconds_before + time.monotonic() - self.started
+    def state(self) -> dict[str, torch.Tensor]:
+        return state_of(self.run)
 
-    def due(self) -> bool:
-        if self.every is not None:
-            return self.run.iteration % self.every == 0
-        return time.monotonic() - self.saved > max(SECONDS_BETWEEN, SHARE * self.cost)
-
-    def save(self) -> None:
-        """Write a checkpoint, after the log, which may be ahead of it but never behind."""
-        begin = time.monotonic()
-        self.log.flush()
-        header = {
-            "seconds": self.seconds(),
-            "identity": self.mine,
-            "made with": _conditions(self.run),
-        }
-        checkpoint.write(self.checkpoints, self.run.iteration, state_of(self.run), header)
-        self.saved = time.monotonic()
-        self.cost = self.saved - begin
-
-    def resume(self) -> None:
-        """Take up the last checkpoint, if there is one."""
-        found = checkpoint.read_last(self.checkpoints)
-        if found is None:
-            return
-        tensors, header = found
-        if header["identity"] != self.mine:
-            raise ValueError(
-                f"checkpoint: {self.checkpoints} is not of this run; remove it to start the run "
-                "anew"
-            )
+    def take_up(self, tensors: dict[str, torch.Tensor]) -> None:
         restore(self.run, tensors)
-        self.run.iteration = header["iteration"]
-        self.seconds_before = header["seconds"]
-        say(self.progress, f"{self.out}: going on after {self.run.iteration} iterations")
-        warn_of_changes(header["made with"], _conditions(self.run), 4)
-
-
-def _conditions(run: Training) -> dict[str, Any]:
-    """Beside the identity, what the bits of the result depend on."""
-    return {
-        "device": run.device.type,
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-        "ddfast": __version__,
-    }
