@@ -1,12 +1,13 @@
 # make demo      install, distil the digits, show the result
 # make test      everything that CI runs: lint, types, tests
 # make gpu       on a machine with an NVIDIA GPU: GPU tests and quick benchmarks
+# make bench     the published tables' benchmarks, hours; `ddfast bench --quick` takes two minutes
 SHELL := bash
 PYTHON ?= python3
 BIN := .venv/bin
 SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
-.PHONY: demo test lint unit sanitize gpu bench clean
+.PHONY: demo test lint unit sanitize gpu bench bench-check clean
 
 # One environment for everything, with the versions of constraints.txt. The compiled kernels are
 # rebuilt when their sources change.
@@ -55,10 +56,12 @@ gpu:
 
 bench: .venv/installed
 	rm -f benchmarks/results/cpu.csv
-	for file in gradient_distance class_mean augment norm_relu_pool class_weight_grad \
-	  multi_formation gradient_matching mmd characteristic_function distribution_matching \
-	  trajectory unroll experts kernel_matrix krr features; do \
-	  $(BIN)/python benchmarks/bench_$$file.py --out benchmarks/results/cpu.csv || exit 1; done
+	$(BIN)/ddfast bench operators --published --device cpu --out benchmarks/results/cpu.csv
+
+# A few speeds beside plain PyTorch that no change may undercut; not part of `make test`, since they
+# depend on what else the machine does.
+bench-check: .venv/installed
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q benchmarks/test_ratios.py --benchmark-enable
 
 clean:
 	rm -rf build dist .venv *.egg-info ddfast/_C*.so ddfast/_cuda*.so gpu-results

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 # The order of preference; "portable" is what the compiler targets by default.
@@ -175,6 +176,18 @@ class NinjaBuild(build_ext):
             ) from error
 
 
+# Of benchmarks/ what `ddfast bench` runs is installed, and not what only serves the checkout.
+CHECKOUT_ONLY = {"accuracy", "adjoints", "peak_memory", "readme_table", "test_ratios"}
+
+
+class InstalledModules(build_py):
+    """All modules of all packages but those."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        found = super().find_package_modules(package, package_dir)
+        return [m for m in found if package != "ddfast.benchmarks" or m[1] not in CHECKOUT_ONLY]
+
+
 def extensions() -> list[Extension]:
     """ddfast._C and, with nvcc, ddfast._cuda; [] where they are not wanted or cannot be built."""
     if os.environ.get("DDFAST_NO_EXT") == "1":
@@ -208,5 +221,5 @@ setup(
     },
     package_data={"ddfast.methods": ["figures.csv"]},
     ext_modules=extensions(),
-    cmdclass={"build_ext": NinjaBuild},
+    cmdclass={"build_ext": NinjaBuild, "build_py": InstalledModules},
 )

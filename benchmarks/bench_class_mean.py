@@ -111,6 +111,29 @@ def case(
     )
 
 
+def means(classes: int, rows: int, width: int, options: argparse.Namespace, mode: str) -> Case:
+    """The means alone, of rows that lie class after class."""
+    x = sizing.drawn((classes * rows, width), 0).to(options.device)
+    counts = [rows] * classes
+
+    def eager(x: Tensor) -> Tensor:
+        return torch.stack([part.mean(0) for part in x.split(counts)])
+
+    return Case(
+        operator="class_mean",
+        name=f"C={classes}, n={rows}, d={width}",
+        mode=mode,
+        exact=sizing.work(eager, [x.double()], mode),
+        providers={
+            "eager": sizing.work(eager, [x], mode),
+            "ddfast": sizing.work(lambda x: losses.class_mean(x, counts), [x], mode),
+        },
+        bytes=x.nbytes * (1 if mode == "forward" else 2),  # read once, the gradient written once
+        rounds=sizing.rounds(options),
+        device=options.device,
+    )
+
+
 def cases(options: argparse.Namespace) -> Iterator[Case]:
     bfloat16 = {"dtype": torch.bfloat16}
     for shape, more in (
@@ -132,6 +155,9 @@ def sized(size: Size, options: argparse.Namespace) -> Iterator[Case]:
     few, note = sizing.share(size, options, memory=2 * each, moved=4 * each)
     for mode in sizing.wanted(options, *sizing.ORDERS):
         made = case(few.classes, few.batch_real, few.ipc, width, options, mode=mode)
+        yield dataclasses.replace(made, size=sizing.label(size, note))
+    for mode in sizing.wanted(options, "forward", "backward"):
+        made = means(few.classes, few.batch_real, width, options, mode)
         yield dataclasses.replace(made, size=sizing.label(size, note))
 
 

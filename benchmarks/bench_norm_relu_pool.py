@@ -5,7 +5,7 @@
 The baseline is torch's group_norm, relu and avg_pool2d one after the other. The derivatives along a
 tangent are what a second derivative needs; torch's are measured by differentiating twice. At a
 named size, where second derivatives are autograd's for both, `norm_relu_pool_means` (CAFE's, with
-each class's mean of the activation) and `first_block` take part.
+each class's mean of the activation) takes part.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from ddfast.bench import Case, compiled, run
 from ddfast.bench.sizes import Size
-from ddfast.benchmarks import bench_first_block, sizing
+from ddfast.benchmarks import sizing
 from ddfast.layers import norm_relu_pool, norm_relu_pool_means
 from ddfast.ops import norm_relu_pool as ops
 from ddfast.reference import norm_relu_pool as reference
@@ -232,7 +232,6 @@ def sized(size: Size, options: argparse.Namespace) -> Iterator[Case]:
             options,
         )
         yield dataclasses.replace(made, size=label)
-    yield from bench_first_block.sized(size, options)
 
 
 if __name__ == "__main__":

@@ -10,17 +10,33 @@ import csv
 import sys
 from pathlib import Path
 
+from ddfast.bench import results
+
 ROOT = Path(__file__).resolve().parents[1]
 BENCHMARKS, ACCURACIES = "benchmarks", "accuracies"
+QUARTILES = "*"
 
 
 def rows(folder: Path) -> list[dict[str, str]]:
     """All rows of all result files."""
-    found: list[dict[str, str]] = []
-    for file in sorted(folder.glob("*.csv")):
-        with file.open(newline="") as text:
-            found += list(csv.DictReader(text))
-    return found
+    return [row for file in sorted(folder.glob("*.csv")) for row in results.read(file)]
+
+
+def spread(table: list[dict[str, str]]) -> str:
+    """What the numbers behind a ratio are: older files have quartiles."""
+    kinds = {bool(r["interval"]) for r in table if r["verified"] == "yes"}
+    if kinds == {True, False}:
+        return f"95 % interval, or quartiles{QUARTILES}"
+    return "95 % interval" if True in kinds else "quartiles"
+
+
+def ratio(r: dict[str, str], table: list[dict[str, str]]) -> str:
+    """How many times as fast as the baseline, with its spread."""
+    middle, low, high = (number(r[f"ratio_{x}"]) for x in ("to_eager", "low", "high"))
+    mark = QUARTILES if spread(table).endswith(QUARTILES) and not r["interval"] else ""
+    if r["interval"] not in ("", "95%"):  # of few rounds
+        mark = f", {r['interval'].rstrip('%')} %"
+    return f"{middle} ({low} to {high}{mark})"
 
 
 def number(text: str) -> str:
@@ -32,41 +48,43 @@ def number(text: str) -> str:
 def markdown(table: list[dict[str, str]]) -> str:
     """One Markdown table per machine and number of threads."""
     parts = []
-    machines = dict.fromkeys((r["device"], r["threads"], r["torch"], r["date"]) for r in table)
-    for machine in machines:
-        device, threads, torch, date = machine
+    machines: dict[tuple[str, ...], list[dict[str, str]]] = {}
+    for r in table:
+        machines.setdefault((r["device"], r["threads"], r["torch"], r["date"]), []).append(r)
+    for (device, threads, torch, date), found in machines.items():
         parts.append(f"{device}; {threads} thread{'s' * (threads != '1')}; torch {torch}; {date}\n")
-        parts.append(
-            "| operator | case | provider | ms | times eager's speed (quartiles) | share of copy "
-            "bandwidth | first call, ms |\n|---|---|---|--:|--:|--:|--:|"
-        )
+        heads = [*("operator", "case", "provider", "ms"), f"times eager's speed ({spread(found)})"]
+        heads += ["share of copy bandwidth", "first call, ms"]
+        newer = any(r["interval"] for r in found)
+        heads += ["share of its floor", "peak memory, MiB"] if newer else []
+        parts.append(f"| {' | '.join(heads)} |\n|---|---|---|{'--:|' * (len(heads) - 3)}")
         previous = None
-        for r in table:
-            if (r["device"], r["threads"], r["torch"], r["date"]) != machine:
-                continue
-            what = (r["operator"], f"{r['case']}; {r['mode']}")
+        for r in found:
+            names = (r["case"], r["mode"], r["size"])
+            what = (r["operator"], "; ".join(name for name in names if name))
             shown = what if what != previous else ("", "")
             previous = what
-            if r["verified"] != "yes":
-                parts.append(
-                    f"| {shown[0]} | {shown[1]} | {r['provider']} | {r['verified']} | | | |"
-                )
-                continue
-            times = "–"  # where the baseline itself was wrong and not timed
-            if r["ratio_to_eager"]:
-                ratio, low, high = (number(r[f"ratio_{x}"]) for x in ("to_eager", "low", "high"))
-                times = f"{ratio} ({low} to {high})"
-            share = f"{100 * float(r['share_of_copy']):.0f} %"
-            cells = [
-                *shown,
-                r["provider"],
-                number(r["median_ms"]),
-                times,
-                share,
-            ]
-            parts.append(f"| {' | '.join(cells)} | {number(r['first_call_ms'])} |")
+            cells = [*shown, r["provider"], *measured(r, found)]
+            parts.append(f"| {' | '.join(cells)} |" + " |" * (len(heads) - len(cells)))
         parts.append("")
     return "\n".join(parts)
+
+
+def measured(r: dict[str, str], table: list[dict[str, str]]) -> list[str]:
+    """What a row says of its provider: a few cells, or only that it was wrong."""
+    if r["verified"] != "yes":
+        return [r["verified"]]
+    # No ratio where the baseline itself was wrong and not timed.
+    times = ratio(r, table) if r["ratio_to_eager"] else "–"
+    cells = [number(r["median_ms"]), times, percent(r["share_of_copy"]), number(r["first_call_ms"])]
+    if r["interval"]:
+        floor = r["share_of_floor"] and f"{percent(r['share_of_floor'])} ({r['bound']})"
+        cells += [floor, r["peak_mib"] and number(r["peak_mib"])]
+    return cells
+
+
+def percent(share: str) -> str:
+    return f"{100 * float(share):.0f} %"
 
 
 # What README.md shows of each operator: cases that begin with one of these.
@@ -90,13 +108,14 @@ SHOWN = {
 def summary(table: list[dict[str, str]]) -> str:
     """The baseline and ddfast's default provider, for the cases that are SHOWN."""
     lines = [
-        "| operator | case | eager, ms | ddfast, ms | times eager's speed (quartiles) |\n"
+        f"| operator | case | eager, ms | ddfast, ms | times eager's speed ({spread(table)}) |\n"
         "|---|---|--:|--:|--:|"
     ]
     cases: dict[tuple[str, ...], list[dict[str, str]]] = {}
     for r in table:
-        cases.setdefault((r["operator"], r["case"], r["mode"], r["threads"]), []).append(r)
-    for (operator, case, mode, _), found in cases.items():
+        key = (r["operator"], r["case"], r["mode"], r["size"], r["threads"])
+        cases.setdefault(key, []).append(r)
+    for (operator, case, mode, size, _), found in cases.items():
         if not case.startswith(SHOWN.get(operator, ("",))):
             continue
         eager = next((r for r in found if r["provider"] == "eager"), found[0])
@@ -105,9 +124,9 @@ def summary(table: list[dict[str, str]]) -> str:
         ours = default or next(iter(named.values()), None)
         if ours is None or "yes" not in ours["verified"] or "yes" not in eager["verified"]:
             continue
-        ratio, low, high = (number(ours[f"ratio_{x}"]) for x in ("to_eager", "low", "high"))
         times = f"{number(eager['median_ms'])} | {number(ours['median_ms'])}"
-        lines.append(f"| {operator} | {case}; {mode} | {times} | {ratio} ({low} to {high}) |")
+        what = "; ".join(part for part in (case, mode, size) if part)
+        lines.append(f"| {operator} | {what} | {times} | {ratio(ours, table)} |")
     return "\n".join(lines) + "\n"
 
 

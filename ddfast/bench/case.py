@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ddfast.testing import error, flatten
 
@@ -57,6 +58,18 @@ def relative_error(result: object, exact: object) -> float:
         scale = float(wanted.detach().abs().max()) if wanted.numel() else 1.0
         worst = max(worst, error(ours, wanted) / (scale or 1.0))
     return worst
+
+
+def has_nan(result: object) -> bool:
+    """Whether a tensor of a result, in lists or mappings or not, holds a NaN.
+
+    The largest of some errors can miss it, for NaN is not larger than anything.
+    """
+    if isinstance(result, Tensor):
+        return bool(result.isnan().any())
+    if isinstance(result, Mapping):
+        return any(map(has_nan, result.values()))
+    return isinstance(result, (list, tuple)) and any(map(has_nan, result))
 
 
 def compiled(f: Callable[..., Any]) -> Callable[..., Any]:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy
 import torch
+from torch.nn.functional import conv2d
 
 from ddfast.bench.clock import Timer
 
@@ -24,7 +25,8 @@ class Ceilings:
 
     Attributes:
         copies: GB/s of a copy, by the bytes that it reads and writes.
-        products: GFLOP/s of a product of square matrices, by element type.
+        products: GFLOP/s by element type, of a product of square matrices or of a convolution,
+            whichever is faster: on a CPU they come from different libraries.
     """
 
     copies: dict[int, float]
@@ -44,6 +46,15 @@ def multiplier(side: int, dtype: str, device: str) -> Callable[[], object]:
     return lambda: torch.mm(a, b, out=c)
 
 
+def convolver(dtype: str, device: str) -> tuple[Callable[[], object], int]:
+    """A convolution of 3x3 without padding, and its floating-point operations."""
+    images, width, side = 32, 128, 16
+    x = torch.ones(images, width, side, side, dtype=DTYPES[dtype], device=device)
+    x = x.contiguous(memory_format=torch.channels_last)
+    weight = torch.ones(width, width, 3, 3, dtype=DTYPES[dtype], device=device)
+    return lambda: conv2d(x, weight), 2 * images * (side - 2) ** 2 * width**2 * 9
+
+
 def measure_ceilings(device: str, timer: Timer) -> Ceilings:
     """The fastest of some calls each: a ceiling is what the machine does undisturbed."""
 
@@ -56,6 +67,10 @@ def measure_ceilings(device: str, timer: Timer) -> Ceilings:
     products = {
         dtype: 2 * side**3 / fastest(multiplier(side, dtype, device)) / 1e6 for dtype in DTYPES
     }
+    if device == "cpu":
+        for dtype in ("float32", "bfloat16"):
+            convolution, flops = convolver(dtype, device)
+            products[dtype] = max(products[dtype], flops / fastest(convolution) / 1e6)
     return Ceilings(copies, products)
 
 

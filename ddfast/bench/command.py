@@ -29,6 +29,7 @@ from ddfast.bench.schedule import Unit, measured
 from ddfast.bench.sizes import SIZES, find
 from ddfast.memory import parse_memory
 
+MEMORY = {"cpu": "1GiB", "cuda": "8GiB"}
 QUICK_SECONDS = 100.0
 QUICK_SHARE = 16  # --quick leaves one part in so many of the memory: small cases
 
@@ -185,7 +186,7 @@ def _parsed(words: Sequence[str], description: str) -> argparse.Namespace:
     flag("--published", action="store_true", help="the published tables' cases instead of a size")
     flag("--device", choices=["cpu", "cuda"], help="default: a GPU if there is one")
     flag("--threads", type=int, default=1, metavar="INT", help="on the CPU (default: 1)")
-    flag("--memory", default="1GiB", metavar="AMOUNT", help="that a case may take, 1GiB")
+    flag("--memory", metavar="AMOUNT", help="that a case may take (default: 1GiB, 8GiB on a GPU)")
     flag("--quick", action="store_true", help="small cases, few rounds, no torch.compile, 100 s")
     flag("--budget", type=float, metavar="SECONDS", help="in all, about: fewer rounds and cases")
     flag("--no_compile", action="store_true", help="leave torch.compile out")
@@ -195,10 +196,9 @@ def _parsed(words: Sequence[str], description: str) -> argparse.Namespace:
     flag("--compare", type=Path, metavar="FILE", help="an older CSV file to compare with")
     flag("--plot", type=Path, metavar="FOLDER", help="draw speeds and roofline there")
     flag("--quiet", action="store_true", help="no progress bar")
-    options = parser.parse_args(list(words))
+    options = parser.parse_intermixed_args(list(words))
     options.sizes = _names("sizes", options.sizes, list(SIZES))
     options.modes = _names("modes", options.modes, list(MODES)) if options.modes else None
-    options.memory = parse_memory(options.memory)
     if options.threads < 1:
         raise ValueError(f"threads: got {options.threads}, expected at least 1")
     if options.quick:
@@ -209,6 +209,7 @@ def _parsed(words: Sequence[str], description: str) -> argparse.Namespace:
     if options.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("device: got cuda, but PyTorch sees no NVIDIA GPU")
     options.device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    options.memory = parse_memory(options.memory or MEMORY[options.device])
     return options
 
 

@@ -2,25 +2,27 @@
 
 The ratio of two medians, old over new, gets an interval from theirs by the method of variance
 estimates recovery on a logarithmic scale (Zou and Donner, "Construction of confidence limits about
-effect measures: a general approach", Statistics in Medicine 27, 2008). A machine that is slower on
-one day than on another moves all times, so the speed beside the baseline, which ran in the same
-rounds, is compared as well. The rule: "faster" or "slower" is said if the interval of the times
-excludes 1 and, of all rows but the baseline's own, that of the speeds beside the baseline excludes
-1 on the same side; "same" otherwise. No verdict is given where the machine differs, where a file
-has quartiles instead of intervals, or from fewer than six rounds, of which no 95 % interval can be
-had. Rows of another number of threads are not compared.
+effect measures: a general approach", Statistics in Medicine 27, 2008). A machine that is slower
+on one day than on another moves all times, so the speed beside the baseline, which ran in the same
+rounds, is compared as well. The rule: "faster" or "slower" is said if both intervals, that of the
+times and that of the speeds beside the baseline, exclude 1 on the same side; "same" otherwise. The
+baselines themselves are not judged: by how much they changed, the machine (or PyTorch) did. No
+verdict is given where the machine differs, where a file has quartiles instead of intervals, or from
+fewer than six rounds, of which no 95 % interval can be had. Rows of another number of threads are
+not compared.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ddfast.bench.intervals import FEWEST
-from ddfast.bench.results import heading, number
+from ddfast.bench.results import baselines, heading, number
 
 Row = Mapping[str, Any]
 Interval = tuple[float, float, float]
@@ -35,8 +37,8 @@ class Comparison:
     Attributes:
         row: the new row.
         times: old over new median time (estimate, low, high); above 1 is faster.
-        beside: the same of the speed beside the baseline; None for the baseline itself.
-        verdict: "faster", "slower", "same", or why there is none.
+        beside: the same of the speed beside the baseline; None where there is none.
+        verdict: "faster", "slower", "same", "baseline", or why there is none.
     """
 
     row: Row
@@ -54,35 +56,36 @@ def ratio(above: Interval, below: Interval) -> Interval:
     return math.exp(middle), math.exp(middle - down), math.exp(middle + up)
 
 
-def compare(old: Iterable[Row], new: Iterable[Row]) -> list[Comparison]:
+def compare(old: Iterable[Row], new: Sequence[Row]) -> list[Comparison]:
     """Every new row that was timed in both; of several old ones with the same key, the last."""
     before = {_key(row): row for row in old if row["verified"] == "yes"}
-    timed = [row for row in new if row["verified"] == "yes"]
-    return [_compared(before[_key(row)], row) for row in timed if _key(row) in before]
+    first = {_key(row) for row in baselines(new)}
+    return [
+        _compared(before[_key(row)], row, _key(row) in first)
+        for row in new
+        if row["verified"] == "yes" and _key(row) in before
+    ]
 
 
 def _key(row: Row) -> tuple[str, ...]:
     return tuple(str(row.get(name) or "") for name in KEY)
 
 
-def _compared(then: Row, now: Row) -> Comparison:
+def _compared(then: Row, now: Row, baseline: bool) -> Comparison:
     times = ratio(_interval(then, "median_ms", "ms"), _interval(now, "median_ms", "ms"))
     beside = None
-    # The baseline's speed beside itself is 1 in every round.
-    if all(_number(row, "ratio_to_eager") and not _is_baseline(row) for row in (then, now)):
+    if not baseline and all(_number(row, "ratio_to_eager") for row in (then, now)):
         beside = ratio(
             _interval(now, "ratio_to_eager", "ratio"), _interval(then, "ratio_to_eager", "ratio")
         )
-    return Comparison(now, times, beside, _verdict(then, now, times, beside))
+    return Comparison(now, times, beside, _verdict(then, now, baseline, times, beside))
 
 
-def _is_baseline(row: Row) -> bool:
-    return all(_number(row, f"ratio_{name}") == 1 for name in ("to_eager", "low", "high"))
-
-
-def _verdict(then: Row, now: Row, times: Interval, beside: Interval | None) -> str:
+def _verdict(then: Row, now: Row, baseline: bool, times: Interval, beside: Interval | None) -> str:
     if then["device"] != now["device"]:
         return "another machine"
+    if baseline:
+        return "baseline"
     if not (then.get("interval") and now.get("interval")):
         return "no intervals"
     if min(_number(then, "rounds"), _number(now, "rounds")) < FEWEST:
@@ -101,12 +104,10 @@ def _number(row: Row, name: str) -> float:
 
 
 def _interval(row: Row, name: str, ends: str) -> Interval:
-    """An estimate and its bounds; rounding to 0 in the file is no reason to fail."""
-    values = [_number(row, column) for column in (name, f"low_{ends}", f"high_{ends}")]
-    if ends == "ratio":
-        values = [_number(row, column) for column in (name, "ratio_low", "ratio_high")]
-    middle, low, high = (max(value, 1e-9) for value in values)
-    return middle, min(low, middle), max(high, middle)
+    """An estimate and its bounds; that the file rounded one to 0 is no reason to fail."""
+    low, high = ("ratio_low", "ratio_high") if ends == "ratio" else ("low_ms", "high_ms")
+    middle, low_end, high_end = (max(_number(row, column), 1e-9) for column in (name, low, high))
+    return middle, min(low_end, middle), max(high_end, middle)
 
 
 def text(comparisons: Sequence[Comparison]) -> str:
@@ -128,9 +129,13 @@ def text(comparisons: Sequence[Comparison]) -> str:
     counts = Counter(found.verdict for found in comparisons)
     lines.append(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
     lines.append(
-        "(faster, slower: the 95 % interval of old over new time excludes 1, and that of the speed "
-        "beside the baseline on the same side; else same)"
+        "(faster, slower: both 95 % intervals, of old over new time and of the speed beside the "
+        "baseline, exclude 1 on the same side; else same)"
     )
+    machine = [found.times[0] for found in comparisons if found.verdict == "baseline"]
+    if machine:
+        middle = number(statistics.median(machine))
+        lines.append(f"baselines: {middle} x as fast as before, which is the machine's part")
     if "another machine" in counts:
         lines.append("warning: the older file is of another machine; its times do not compare")
     return "\n".join(lines)

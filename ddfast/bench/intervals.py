@@ -29,6 +29,11 @@ def median(values: Sequence[float]) -> tuple[float, float, float]:
     return float(numpy.median(found)), float(low), float(high)
 
 
+def label(rounds: int) -> str:
+    """What an interval of the median of so many times really is: of few, no 95 % can be had."""
+    return f"{min(CONFIDENCE, 1 - 2.0 ** (1 - rounds)):.0%}"
+
+
 def ratio(baseline: Sequence[float], other: Sequence[float]) -> tuple[float, float, float]:
     """How many times as fast the other is, round by round: the median ratio and its interval.
 

@@ -32,8 +32,18 @@ def device_name(device: str) -> str:
 
 @functools.cache
 def commit() -> str:
-    """Short hash of the checkout, '+' behind it if files differ; empty outside one."""
-    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+"]
+    """Short hash of ddfast's checkout, '+' behind it if files differ; empty outside one."""
+    here = Path(__file__).resolve()
+    top = _git(here.parent, "rev-parse", "--show-toplevel")
+    # An installed ddfast may lie in an environment in somebody else's checkout.
+    if not top or not Path(top, "ddfast", "bench", here.name).exists():
+        return ""
+    return _git(here.parent, "describe", "--always", "--dirty=+")
+
+
+def _git(folder: Path, *words: str) -> str:
+    """What git says there; "" without git or outside a checkout."""
+    command = ["git", "-C", str(folder), *words]
     try:
         return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):

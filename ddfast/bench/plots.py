@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ddfast.bench.ceilings import Ceilings
+from ddfast.bench.results import baselines
 
 Row = Mapping[str, Any]
+
+MOST_PIXELS = 60_000  # in height; matplotlib draws no more than 2 ** 16
 
 
 def needed() -> None:
@@ -52,29 +55,24 @@ def _figure(width: float, height: float) -> tuple[Any, Any]:
 
 def _speeds(path: Path, rows: Sequence[Row]) -> Path:
     """A bar for each provider of each case but the baselines, with its interval."""
-    bars = [row for row in rows if row.get("ratio_to_eager") and not _is_baseline(row, rows)]
-    figure, axes = _figure(10, 1 + 0.22 * len(bars))
+    first = baselines(rows)
+    bars = [row for row in rows if row.get("ratio_to_eager") and not any(row is b for b in first)]
+    height = 1 + 0.22 * len(bars)
+    figure, axes = _figure(10, height)
     for at, row in enumerate(bars):
         middle, low, high = (float(row[f"ratio_{name}"]) for name in ("to_eager", "low", "high"))
         colour = "tab:green" if str(row["provider"]).startswith("ddfast") else "tab:grey"
-        axes.barh(at, middle, color=colour)
+        axes.barh(at, middle - 1, left=1, color=colour)  # to the right is faster
         axes.plot([low, high], [at, at], color="black", linewidth=1)
     names = [f"{r['operator']}: {r['case']}, {r['mode']}; {r['provider']}" for r in bars]
     axes.set_yticks(range(len(bars)), names, fontsize=6)
-    axes.invert_yaxis()
+    axes.set_ylim(len(bars) - 0.4, -0.6)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xscale("log")
     axes.set_xlabel("times the baseline's speed, with its interval")
     axes.set_title(_machine(rows), fontsize=8)
-    figure.savefig(path, dpi=150)
+    figure.savefig(path, dpi=min(150, MOST_PIXELS / height))
     return path
-
-
-def _is_baseline(row: Row, rows: Sequence[Row]) -> bool:
-    """Whether it is the first of its case."""
-    same = ("operator", "case", "mode", "size", "threads")
-    first = next(r for r in rows if all(r.get(n) == row.get(n) for n in same))
-    return first is row
 
 
 def _roofline(path: Path, rows: Sequence[Row], ceilings: Ceilings) -> Path:
@@ -114,4 +112,5 @@ def _roofline(path: Path, rows: Sequence[Row], ceilings: Ceilings) -> Path:
 
 def _machine(rows: Sequence[Row]) -> str:
     row = rows[0]
-    return f"{row['device']}; {row['threads']} threads; torch {row['torch']}; {row['commit']}"
+    threads = f"{row['threads']} thread{'s' * (str(row['threads']) != '1')}"
+    return f"{row['device']}; {threads}; torch {row['torch']}; {row['commit']}"

@@ -27,8 +27,9 @@ _BENCHMARKS: dict[str, tuple[str, tuple[str, ...]]] = {
     "augment": ("bench_augment", ("augment", "augment_adjoint")),
     "norm_relu_pool": (
         "bench_norm_relu_pool",
-        ("norm_relu_pool", "norm_relu_pool_means", "norm_relu_pool_tangent", "first_block"),
+        ("norm_relu_pool", "norm_relu_pool_means", "norm_relu_pool_tangent"),
     ),
+    "first_block": ("bench_first_block", ("first_block",)),
     "class_weight_grad": (
         "bench_class_weight_grad",
         ("class_weight_grad", "class_conv", "class_input_grad"),

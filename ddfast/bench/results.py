@@ -72,6 +72,15 @@ def write_json(path: Path, machine: Mapping[str, Any], rows: Sequence[Row]) -> N
     os.replace(draft, path)
 
 
+def baselines(rows: Sequence[Row]) -> list[Row]:
+    """The first row of each case, which the others are compared with."""
+    first: dict[tuple[str, ...], Row] = {}
+    for row in rows:
+        names = ("operator", "case", "mode", "size", "threads")
+        first.setdefault(tuple(str(row.get(name) or "") for name in names), row)
+    return list(first.values())
+
+
 def heading(row: Row) -> str:
     """What the rows of a case have in common."""
     size = f"; {row['size']}" if row.get("size") else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -35,13 +36,17 @@ def run(cases: Callable[[Any], Iterable[Case]], description: str) -> None:
     milliseconds = timer(options.device, options.threads)
     ceilings = measure_ceilings(options.device, milliseconds)
     print(in_words(ceilings), file=sys.stderr)
-    for case in cases(options):
-        if options.only not in f"{case.name}; {case.mode}":
-            continue
-        case.mode += allocator.label()
-        if options.quick:
-            case.rounds = min(case.rounds, 5)
-        rows = measure(case, ceilings, milliseconds)
-        print(block(rows), flush=True)
-        if options.out is not None:
-            append(options.out, rows)
+    gc.freeze()  # PyTorch's modules need not be looked at by every collection
+    try:
+        for case in cases(options):
+            if options.only not in f"{case.name}; {case.mode}":
+                continue
+            case.mode += allocator.label()
+            if options.quick:
+                case.rounds = min(case.rounds, 5)
+            rows = measure(case, ceilings, milliseconds)
+            print(block(rows), flush=True)
+            if options.out is not None:
+                append(options.out, rows)
+    finally:
+        gc.unfreeze()
