@@ -25,6 +25,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -35,6 +36,9 @@ from ddfast.data.normalisation import normalise
 __all__ = ["MODES", "Whitening", "fit_whitening", "whitened"]
 
 MODES = ("kip", "rfad", "frepo", "mtt")
+
+Recipe = Literal["none", "kip", "rfad", "frepo", "mtt"]
+"""One of `MODES`, or that images are not whitened."""
 
 BLOCK = 64  # pixels a side, in `frepo`
 SHARE = 0.1  # of the mean eigenvalue that is added to all; in mtt the amount itself

@@ -29,7 +29,8 @@ def run(words: list[str], description: str) -> None:
     dataset = data.load(config.dataset, config.data_path, **config.data_options)
     if options.imported:
         files = [name for name in options.imported.split(",") if name]
-        experts = import_buffers(files, dataset, filled(config, dataset).model, options.out)
+        model = filled(config, dataset).model
+        experts = import_buffers(files, data.whitened(dataset, config.zca), model, options.out)
     else:
         experts = train(
             dataset, config, options.out, device=options.device, progress=not options.quiet

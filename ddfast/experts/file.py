@@ -90,6 +90,7 @@ def described(dataset: Dataset, net: nn.Module, model: str) -> dict[str, Any]:
         "shape": [dataset.channels, *dataset.size],
         "mean": list(dataset.mean),
         "std": list(dataset.std),
+        "zca": "none" if dataset.whitening is None else dataset.whitening.mode,
         "model": model,
         "parameters": [[name, list(p.shape)] for name, p in net.named_parameters()],
     }
@@ -110,10 +111,11 @@ def check_experts(experts: Experts, dataset: Dataset, net: nn.Module, model: str
         ValueError: naming what differs.
     """
     wanted = json.loads(json.dumps(described(dataset, net, model)))
+    known = {"zca": "none", **experts.settings}  # older files have no whitening
     different = [
-        f"{name} is {_shown(experts.settings[name])} there and {_shown(value)} here"
+        f"{name} is {_shown(known[name])} there and {_shown(value)} here"
         for name, value in wanted.items()
-        if name in experts.settings and experts.settings[name] != value
+        if name in known and known[name] != value
     ]
     sizes = sum(p.numel() for p in net.parameters())
     if experts.parameters != sizes and not different:

@@ -29,11 +29,11 @@ def import_buffers(
 
     Such a file is a list of experts, each a list of snapshots (one before the first epoch and one
     after each), each a list of the parameters' tensors. They say nothing of what they were trained
-    on: name, normalisation and images of the data set are taken on trust.
+    on: name, normalisation, whitening and images of the data set are taken on trust.
 
     Args:
         files: in the order in which the experts are to be numbered.
-        dataset: that they were trained on.
+        dataset: that they were trained on; whitened (`ddfast.data.whitened`) if they saw it so.
         model: name for `ddfast.nets.build` of their network.
         out: folder for the file, made if need be.
 

@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 from ddfast import nets
 from ddfast._version import __version__
-from ddfast.data import Dataset
+from ddfast.data import Dataset, whitened
 from ddfast.distill import folder
 from ddfast.distill.process import clear, deterministic, say, signals, usable_device
 from ddfast.evaluate.side_by_side import SideBySide, evenly, shared_out, stack_size
@@ -48,7 +48,7 @@ def train(
     the beginning of the expert) and ends with the same bits.
 
     Args:
-        dataset: only its training images are used.
+        dataset: only its training images are used, whitened as `config.zca` says.
         config: what is left out is filled in, see `Config.published`.
         out: the folder of the run, made if need be.
         device: None for the GPU if there is one, else the CPU.
@@ -67,6 +67,7 @@ def train(
             f"config: got {type(config).__name__}, expected ddfast.experts.train.Config"
         )
     config = filled(config, dataset)
+    dataset = whitened(dataset, config.zca)
     where = usable_device(device)
     net = built(config, dataset, 0)
     if nets.has_batchnorm(net):

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from ddfast.augment import DSA
-from ddfast.data import Dataset, normalise
+from ddfast.data import Dataset
+from ddfast.data.whitening import Recipe
 from ddfast.evaluate.side_by_side import SGD, SideBySide, augmented, cross_entropies
-from ddfast.methods.config import DIGITS_MODEL, Task, convnet_of, dsa_strategy, setting
+from ddfast.methods.config import DIGITS_MODEL, ZCA_HELP, Task, convnet_of, dsa_strategy, setting
 from ddfast.random import generator
 
 
@@ -34,6 +35,7 @@ class Config(Task):
     optimiser: Literal["sgd", "gsam"] = setting("gsam: FTD's, two gradients a step", "sgd")
     rho: float = setting("gsam: size of the perturbation", 0.01, aliases=("rho_max",), above=0)
     alpha: float = setting("gsam: weight of the gradient's orthogonal part", 0.3, least=0)
+    zca: Recipe = setting(f"{ZCA_HELP}; the methods take it over", "none")
     adaptive: bool = setting("gsam: perturb each weight by its square", True)
 
     def __post_init__(self) -> None:
@@ -101,7 +103,7 @@ class Group:
         total = self.weights.flat.new_zeros(len(self.numbers))
         for begin in range(0, count, config.batch_train):
             where = orders[:, begin : begin + config.batch_train].to(images.device)
-            x = normalise(images[where.flatten()], self.dataset.mean, self.dataset.std, total.dtype)
+            x = self.dataset.normalised(images[where.flatten()], total.dtype)
             x = augmented(self.dsa, x.unflatten(0, where.shape), draws)
             total += len(where[0]) / count * self.step(x, labels[where.flatten()], lr)
         return total

@@ -263,6 +263,9 @@ def resolve(config: C, dataset: Dataset) -> C:
     return dataclasses.replace(config, **missing)
 
 
+ZCA_HELP = "whitening of all images, fitted on the training images, by whose recipe"
+
+
 def dsa_strategy(dataset: Dataset) -> str:
     """The published strategy; without flip for digits, which mirrored are something else."""
     if dataset.name in ("MNIST", "SVHN", "digits"):

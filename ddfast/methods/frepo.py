@@ -33,11 +33,12 @@ import torch
 from torch import Tensor
 
 from ddfast.data import Dataset
+from ddfast.data.whitening import Recipe
 from ddfast.kernel_matrix import empirical_nngp
 from ddfast.losses import krr_loss
 from ddfast.memory import FIRST_ORDER
 from ddfast.methods import bilevel, network_pool, regression
-from ddfast.methods.config import convnet_of, setting
+from ddfast.methods.config import ZCA_HELP, convnet_of, setting
 from ddfast.methods.optimisers import LAMB
 from ddfast.methods.published_trajectories import family
 from ddfast.methods.regression import LABELS
@@ -74,7 +75,7 @@ class Config(network_pool.Config):
     learn_labels: bool = setting("learn the labels, too", True, aliases=("learn_label",))
     lr_y: float = setting("learning rate of the labels (lr_img)", above=0)
     use_flip: bool = setting("count every image mirrored as well")
-    zca: regression.Whitening = setting(regression.ZCA_HELP)
+    zca: Recipe = setting(ZCA_HELP)
     precision: Literal["float32", "bfloat16"] = setting("of the features", "float32")
     solve_dtype: Literal["float32", "float64"] = setting("of the regression", "float32")
 

@@ -10,11 +10,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from ddfast.data.whitening import Recipe
 from ddfast.engine.kernel_regression import Kernel, rows_at_once
 from ddfast.kernel_matrix import kernel_matrix, kernel_options
+from ddfast.methods.config import ZCA_HELP, setting
 from ddfast.methods.config import Config as Shared
-from ddfast.methods.config import setting
-from ddfast.methods.regression import ZCA_HELP, Whitening, centred
+from ddfast.methods.regression import centred
 from ddfast.methods.run import Run
 
 
@@ -30,7 +31,7 @@ class Config(Shared):
     bias_var: float = setting("variance of the biases", 0.01, least=0)
     reg: float = setting("ridge, in units of the kernel's mean diagonal element", 1e-6, least=0)
     dtype: Literal["float64", "float32"] = setting("of the kernel; what is solved is float64's")
-    zca: Whitening = setting(ZCA_HELP, "none")
+    zca: Recipe = setting(ZCA_HELP, "none")
 
 
 def kernel_of(config: Config) -> Kernel:

@@ -7,25 +7,20 @@ real images by `ddfast.losses.krr_loss`, and the features' kernels are `empirica
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddfast.data import Dataset
-from ddfast.data.whitening import problem
+from ddfast.data.whitening import Recipe, problem
 from ddfast.methods.run import Decoded, Run
-
-Whitening = Literal["none", "kip", "rfad", "frepo", "mtt"]
-"""Whose recipe whitens all images, or that they are not whitened."""
-
-ZCA_HELP = "whitening of all images, fitted on the training images, by whose recipe"
 
 LABELS = "label_weights"
 """Name of the learned labels among a run's tensors."""
 
 
-def published_whitening(dataset: Dataset, mode: Whitening) -> Whitening:
+def published_whitening(dataset: Dataset, mode: Recipe) -> Recipe:
     """As the official code has it: of colour images. Grey ones stay as they are.
 
     So do those that are too large for it, and the generated ones, which no paper has.

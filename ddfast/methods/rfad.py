@@ -36,12 +36,13 @@ from torch import Tensor
 
 from ddfast import nets
 from ddfast.data import Dataset
+from ddfast.data.whitening import Recipe
 from ddfast.kernel_matrix import empirical_nngp
 from ddfast.losses import krr_loss
 from ddfast.memory import FIRST_ORDER
 from ddfast.methods import bilevel, regression
+from ddfast.methods.config import ZCA_HELP, convnet_of, setting
 from ddfast.methods.config import Config as Shared
-from ddfast.methods.config import convnet_of, setting
 from ddfast.methods.optimisers import AdaBelief
 from ddfast.methods.regression import LABELS
 from ddfast.methods.run import Run, refuse_batchnorm
@@ -78,7 +79,7 @@ class Config(Shared):
     learn_labels: bool = setting("learn the labels, too", False)
     patience: int = setting("iterations without a smaller loss that end the run", 1000, least=1)
     precision: Literal["float32", "bfloat16"] = setting("of the features", "float32")
-    zca: regression.Whitening = setting(regression.ZCA_HELP)
+    zca: Recipe = setting(ZCA_HELP)
 
     @property
     def beside(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -31,8 +31,8 @@ lr_lr / lr_teacher^2, so that the first step moves lr as the raw form does; but 
 published setting for CIFAR-10 at ipc 10, that is too much. "raw" is as published, but an update
 that takes lr to 0 or below is rolled back.
 
-Not as published: images are normalised by channel; ZCA whitening, which most of the published
-settings have for CIFAR, is not offered. Not offered either: MTT's textures of a larger canvas.
+Whitening is that of the experts: `ddfast experts --zca mtt` trains such as most of the published
+settings have for CIFAR. Not offered: MTT's textures of a larger canvas.
 """
 
 from __future__ import annotations
@@ -49,11 +49,12 @@ from torch.nn.functional import softplus
 
 from ddfast.augment import DSA
 from ddfast.data import Dataset
+from ddfast.data.whitening import Recipe
 from ddfast.experts import Experts, check_experts, open_experts
 from ddfast.losses import trajectory_distance
 from ddfast.memory import FORWARD, SECOND_ORDER
+from ddfast.methods.config import ZCA_HELP, dsa_strategy, setting
 from ddfast.methods.config import Config as Shared
-from ddfast.methods.config import dsa_strategy, setting
 from ddfast.methods.pretrained import set_weights
 from ddfast.methods.rollback import attempt
 from ddfast.methods.run import Decoded, Run, check_student, refuse_batchnorm
@@ -96,6 +97,7 @@ class Config(Shared):
         "where each step's parameters wait: device, host, or checkpoints (only some are kept)",
         "device",
     )
+    zca: Recipe = setting(f"{ZCA_HELP}: that of the experts")
     threshold: float = setting("no update while the loss is above this (none)", above=0)
 
     def __post_init__(self) -> None:
@@ -103,12 +105,14 @@ class Config(Shared):
         DSA(self.dsa_strategy)  # raises if it does not know an operation
 
     def published(self, dataset: Dataset) -> Mapping[str, Any]:
-        """What the methods have in common, and the hash of the experts."""
-        found = {**super().published(dataset), "init": "real"}
+        """What the methods have in common, with the hash and the whitening of the experts."""
+        found = {**super().published(dataset), "init": "real", "zca": "none"}
         if self.parametrisation == "multi_formation":
             found["init"] = "mix"
         if self.experts is not None:
-            found["experts_fingerprint"] = fingerprint(opened(self))
+            experts = opened(self)
+            found["experts_fingerprint"] = fingerprint(experts)
+            found["zca"] = experts.settings.get("zca", "none")
         return {**found, "dsa_strategy": dsa_strategy(dataset)}
 
     def start_epochs(self, iteration: int) -> tuple[int, int]:

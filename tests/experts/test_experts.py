@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 from ddfast import nets
 from ddfast.augment import DSA
 from ddfast.cli import main
-from ddfast.data import Dataset, normalise
+from ddfast.data import Dataset, whitened
 from ddfast.evaluate.side_by_side import SideBySide
 from ddfast.experts import EXPERTS, check_experts, open_experts
 from ddfast.experts import train as module
@@ -72,7 +72,7 @@ def literal(settings: Config, dataset: Dataset, number: int) -> list[torch.Tenso
         random = generator(0, "experts: augmentation", number, epoch)
         order = torch.randperm(12, generator=generator(0, "experts: order", number, epoch))
         for rows in order.split(settings.batch_train):
-            x = normalise(dataset.train_images[rows], dataset.mean, dataset.std, torch.float64)
+            x = dataset.normalised(dataset.train_images[rows], torch.float64)
             x, y = dsa(x, dsa.draw(random, (8, 8), count=len(rows))), dataset.train_labels[rows]
             g = torch.autograd.grad(cross_entropy(net(x), y), parameters)
             if settings.optimiser == "gsam":
@@ -108,12 +108,14 @@ def gsam(net, parameters, x, y, g, settings):
     [
         {},
         {"mom": 0.5, "l2": 0.01, "decay": True, "max_start_epoch": 3},
+        {"zca": "mtt"},
         {"optimiser": "gsam", "rho": 0.2},
         {"optimiser": "gsam", "rho": 0.2, "adaptive": False, "alpha": 1.0},
     ],
 )
 def test_stacked_experts_are_those_of_a_literal_loop(dataset, changes):
     settings = filled(config(**changes), dataset)
+    dataset = whitened(dataset, settings.zca)
     group_nets = [module.built(settings, dataset, k).double() for k in range(3)]
     group = Group(settings, dataset, [0, 1, 2], SideBySide(group_nets, stacked=True))
     found = [group.snapshots()]
@@ -232,6 +234,22 @@ def test_what_the_run_may_not_be_matched_with(tmp_path, dataset):
     other = dataclasses.replace(dataset, mean=(0.1,))
     with pytest.raises(ValueError, match=r"mean is \[0.4\] there and \[0.1\] here"):
         check_experts(experts, other, nets.build("ConvNetD1W4", *shape), "ConvNetD1W4")
+
+
+def test_whitened_experts_belong_to_whitened_images(tmp_path, dataset):
+    train(dataset, config(), tmp_path / "plain", progress=False, device="cpu")
+    experts = train(dataset, config(zca="mtt"), tmp_path / "zca", progress=False, device="cpu")
+    assert not torch.equal(experts.snapshot(0, 1), open_experts(tmp_path / "plain").snapshot(0, 1))
+    net = nets.build("ConvNetD1W4", dataset.channels, dataset.num_classes, dataset.size)
+    check_experts(experts, whitened(dataset, "mtt"), net, "ConvNetD1W4")
+    with pytest.raises(ValueError, match="zca is mtt there and none here"):
+        check_experts(experts, dataset, net, "ConvNetD1W4")
+    with pytest.raises(ValueError, match="zca is mtt there and kip here"):
+        check_experts(experts, whitened(dataset, "kip"), net, "ConvNetD1W4")
+    older = dataclasses.replace(
+        experts, settings={k: v for k, v in experts.settings.items() if k != "zca"}
+    )
+    check_experts(older, dataset, net, "ConvNetD1W4")
 
 
 def test_damaged_and_foreign_files(tmp_path, dataset):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ddfast import methods, nets
 from ddfast.artefact import Artefact
 from ddfast.cli import main
-from ddfast.data import Dataset, generated
+from ddfast.data import Dataset, generated, whitened
 from ddfast.distill import distill, unfinished
 from ddfast.evaluate import evaluate
 from ddfast.experts import open_experts
@@ -337,6 +337,21 @@ def test_experts_of_other_images_are_refused(make_dataset, make_run, make_expert
         make_run("mtt", make_dataset([7, 6, 9]), **settings_of("mtt", experts=experts))
     with pytest.raises(FileNotFoundError, match="no file"):
         make_run("mtt", make_dataset([7, 6, 9]), **settings_of("mtt", experts="nowhere"))
+
+
+def test_images_are_whitened_as_the_experts_were(make_dataset, make_run, make_experts) -> None:
+    dataset = make_dataset([7, 6, 9])
+    experts = str(make_experts(whitened(dataset, "mtt"), MODEL))
+    run = make_run("mtt", dataset, **settings_of("mtt", experts=experts))
+    assert run.config.zca == "mtt" and run.dataset.whitening.mode == "mtt"
+    real = run.dataset.normalised(dataset.train_images, torch.float64)
+    for image in run.images.detach():  # real images, whitened
+        assert (image - real).abs().amax((1, 2, 3)).min() < 1e-6
+    x, _ = literal(dataset, run, 2)
+    go(run, "mtt", 2)
+    torch.testing.assert_close(run.images.detach(), x["images"], rtol=1e-9, atol=1e-9)
+    with pytest.raises(ValueError, match="zca is mtt there and none here"):
+        make_run("mtt", dataset, **settings_of("mtt", experts=experts, zca="none"))
 
 
 @pytest.mark.parametrize("method", OWN)
