@@ -104,6 +104,8 @@ def settings_of(
         if name in fields:  # published for 256 real images of a class, or about
             scaled = math.ceil(getattr(published, name) * share)
             found[name] = min(max(2, scaled), len(dataset.train_labels))
+    if published.shared is not None:  # fewer than what they are to store
+        found["shared"] = min(published.shared, 2 * dataset.num_classes * size.ipc)
     if "task_sampler_nc" in fields:
         found["task_sampler_nc"] = min(published.task_sampler_nc, dataset.num_classes)
     if (
@@ -112,6 +114,8 @@ def settings_of(
     ):
         found["kernel"] = "ntk-fc3"
     if "experts" in fields:
+        # The published steps are too large for a single epoch's way: the second would be undone.
+        found["lr_img"] = published.lr_img / 100
         found["experts"] = str(folder)
         expert = experts.Config(
             model=found["model"],
