@@ -27,6 +27,7 @@ MODULES = (
     "ddfast",
     "ddfast.artefact",
     "ddfast.augment",
+    "ddfast.bench",
     "ddfast.compat.dc",
     "ddfast.compat.idc",
     "ddfast.compat.mtt",

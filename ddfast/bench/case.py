@@ -73,6 +73,6 @@ def has_nan(result: object) -> bool:
 
 
 def compiled(f: Callable[..., Any]) -> Callable[..., Any]:
-    """torch.compile for one shape: no silent switch to dynamic shapes."""
+    """`f` under torch.compile, for one shape: no silent switch to dynamic shapes."""
     torch._dynamo.config.automatic_dynamic_shapes = False
     return torch.compile(f, fullgraph=False)

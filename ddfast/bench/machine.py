@@ -16,7 +16,11 @@ from ddfast import backend
 
 
 def device_name(device: str) -> str:
-    """The GPU's or the processor's name."""
+    """The GPU's or the processor's name.
+
+    Args:
+        device: "cuda" or "cpu".
+    """
     if device == "cuda":
         return torch.cuda.get_device_name()
     try:

@@ -20,7 +20,12 @@ from ddfast.bench.results import append, block
 
 
 def run(cases: Callable[[Any], Iterable[Case]], description: str) -> None:
-    """Command line of one benchmark file: measure its cases, print them, append to a CSV."""
+    """Command line of one benchmark file: measure its cases, print them, append to a CSV.
+
+    Args:
+        cases: of the options.
+        description: for the help.
+    """
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])

@@ -2,8 +2,8 @@
 
 Du, Jiang, Tan, Zhou and Li, Minimizing the Accumulated Trajectory Error to Improve Dataset
 Distillation, CVPR 2023 (arXiv 2211.11004). The student and its update are MTT's. Experts are
-trained by GSAM: `ddfast experts --optimiser gsam --alpha A`, with A 0.3 or 1 by the paper's table
-(`ALPHA`). What the artefact holds is
+trained by GSAM: `ddfast experts --optimiser gsam --alpha A`, by the paper's table with A 0.3 for
+CIFAR-10 at ipc 1 and 10 and 1 elsewhere. What the artefact holds is
 
     average <- d average + (1 - d) images,   d = `ema_decay`
 
@@ -55,13 +55,6 @@ DECAY = {
     "CIFAR100": {1: 0.9995, 10: 0.9995, 50: 0.999},
     "TinyImageNet": {1: 0.999, 10: 0.999},
 }
-
-ALPHA = {
-    "CIFAR10": {1: 0.3, 10: 0.3, 50: 1.0},
-    "CIFAR100": {1: 1.0, 10: 1.0, 50: 1.0},
-    "TinyImageNet": {1: 1.0, 10: 1.0},
-}
-"""Of GSAM, for `ddfast experts`."""
 
 AVERAGE = "average."
 """Before the names of what images are made of, in `Run.state`."""
