@@ -35,7 +35,8 @@ def gradient_distance(
 
     Args:
         syn, real: sequences of tensors in parameter shape, (out, in, ...), pairwise the same shape
-            and device; float32, float64, bfloat16 or float16 in any mix, computed in the dtype that holds all.
+            and device; float32, float64, bfloat16 or float16 in any mix, computed
+            in the dtype that holds all.
         metric: one of the above.
         eps: added to the product of norms, not a clamp.
         batched: every tensor has a leading class dimension, (classes, out, in, ...).
