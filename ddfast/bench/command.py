@@ -133,7 +133,7 @@ def _measure_all(
     return left_out
 
 
-def _timed(case: Any, seconds: float | None, ceilings: Ceilings, milliseconds: Timer) -> list[Row]:
+def _timed(case: Any, seconds: float, ceilings: Ceilings, milliseconds: Timer) -> list[Row]:
     return measure(case, ceilings, milliseconds, seconds)
 
 
