@@ -242,7 +242,7 @@ def case(
     if sizing.compiles(options, mode):
         torch._dynamo.reset()  # else the cases would count as recompilations of one function
         fast = [compiled(lambda t, p, k=k: given(t, k, p)) for k in range(6)]
-        providers["torch.compile"] = every(lambda t, k: fast[k](t, values[k]))  # type: ignore[arg-type, return-value]
+        providers["torch.compile"] = every(lambda t, k: fast[k](t, values[k]))
     names = "six operations" if len(operations) == 6 else OPERATIONS[operations[0]]
     batches = {"forward": 1, "backward": 2, "double": 3}[mode]  # each one read and one written
     return Case(

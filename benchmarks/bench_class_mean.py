@@ -145,7 +145,7 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
         ((100, 256, 10, 2048), {}),
     ):
         if shape[0] == 10 or not options.quick:
-            made = case(*shape, options, **more)  # type: ignore[arg-type]
+            made = case(*shape, options, **more)
             yield dataclasses.replace(made, mode="loss and gradient")
 
 

@@ -56,7 +56,7 @@ def case(
         b = bias.to(x)
         return lambda w, scale, shift: f(x, w, b, scale, shift)
 
-    providers = {
+    providers: dict[str, Callable[[], object]] = {
         name: sizing.work(of_leaves(f), given, mode)
         for name, f in (
             ("eager", in_steps),

@@ -9,11 +9,11 @@ it is. It is not the official script's loop over classes; bench_gradient_matchin
 bench_distribution_matching.py have that.
 
 Settings are the published ones, but an iteration is cut short where it consists of many equal parts
-(`LOOPS`): trainings of networks, steps of students. The memory and the time at hand decide on
-classes, real images and images per class. With --quick the network is narrow and RFAD does without
-its transform, a matrix of pixels by pixels that would take all the time. Kernels of convolutional
-networks are replaced by fully connected ones beyond 16 pixels, where their definition takes
-minutes.
+(`LOOPS`): trainings of networks, steps of students, frequencies. The memory and the time at hand
+decide on classes, real images and images per class. With --quick the network is narrow and RFAD
+does without its transform, a matrix of pixels by pixels that would take all the time. Kernels of
+convolutional networks are replaced by fully connected ones beyond 16 pixels, where their definition
+takes minutes.
 
 Verified are the synthetic set, and all else that a checkpoint keeps, after the iteration: how far
 each tensor's change is from the reference's, in norm, relative to that change. A ReLU whose input
@@ -59,6 +59,8 @@ AT_MOST = {
     # Updates of the images, steps of a student and of what is differentiated, networks.
     2: ("outer_loop", "outer_most", "syn_steps", "distill_steps", "inner_steps", "window"),
     3: ("totwindow", "pool_size", "net_num"),
+    # Frequencies: drawing them is most of what their definition takes.
+    256: ("num_freqs",),
 }
 LOOPS = {name: most for most, names in AT_MOST.items() for name in names}
 """The most that a setting of this name may be, in whatever method has it."""
