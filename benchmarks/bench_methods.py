@@ -217,7 +217,7 @@ def case(method: Method, size: Size, options: argparse.Namespace) -> Case:
         # And goes forward through the convolutions at least once, where there are any.
         flops=0 if kernel else iteration.images * sizing.operations_of_image(size),
         tolerance=TOLERANCE,
-        rounds=3,
+        rounds=7,
         device=options.device,
         error=iteration.error,
         dtype=str(made.dtype).removeprefix("torch."),

@@ -115,7 +115,7 @@ def classes_only(size: Size) -> Size:
 
 
 def rounds(options: argparse.Namespace, usual: int = 15) -> int:
-    return min(usual, 5) if options.quick else usual
+    return min(usual, 7) if options.quick else usual
 
 
 def compiles(options: argparse.Namespace, mode: str) -> bool:
