@@ -15,12 +15,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ddfast import losses
-from ddfast.bench import Case, compiled, run
+from ddfast.bench import Case, run
 from ddfast.bench.sizes import Size
 from ddfast.benchmarks import sizing
 from ddfast.losses import Frequencies
@@ -81,9 +82,7 @@ def case(
 
     random = torch.Generator(options.device).manual_seed(1)
 
-    def provider(
-        f: Callable[..., Tensor], *rest: object, draws: bool = False
-    ) -> Callable[[], object]:
+    def provider(f: Callable[..., Tensor], *rest: Any, draws: bool = False) -> Callable[[], object]:
         made = sizing.work(lambda leaf: f(leaf, *rest), [x.to(rest[0].dtype)], mode)
 
         def call() -> object:
@@ -99,7 +98,7 @@ def case(
         "eager, one product": provider(one_product, y, t, draws=draw),
     }
     if sizing.compiles(options, mode):
-        providers["torch.compile"] = provider(compiled(one_product), y, t, draws=draw)
+        providers["torch.compile"] = provider(sizing.compiled(one_product), y, t, draws=draw)
     ours = losses.characteristic_function_distance
     providers["ddfast, autograd" if mode == "backward" else "ddfast"] = provider(
         ours, y, frequencies
@@ -108,7 +107,8 @@ def case(
         providers["ddfast"] = lambda: losses.characteristic_function_distance_and_gradient(
             x, y, frequencies
         )
-    ddfast, gradients, found = providers["ddfast"], int(mode == "backward"), []
+    ddfast, gradients = providers["ddfast"], int(mode == "backward")
+    found: list[object] = []
 
     def products() -> object:
         with torch.no_grad():
@@ -139,8 +139,8 @@ def cases(options: argparse.Namespace) -> Iterator[Case]:
     chosen = [(*shape, draw) for draw in (False, True) for shape in shapes]
     if options.quick:
         chosen = [(512, 128, 256, 256, False), (512, 10, 256, 256, True)]
-    for *shape, draw in chosen:
-        made = case(*shape, options, draw=draw)
+    for count, n, m, width, draw in chosen:
+        made = case(count, n, m, width, options, draw=draw)
         yield dataclasses.replace(made, mode="loss and gradient")
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ddfast.bench import Case, compiled, run
+from ddfast.bench import Case, run
 from ddfast.bench.sizes import Size
 from ddfast.benchmarks import sizing
 from ddfast.layers import norm_relu_pool
@@ -56,7 +56,7 @@ def case(
         b = bias.to(x)
         return lambda w, scale, shift: f(x, w, b, scale, shift)
 
-    providers = {
+    providers: dict[str, Callable[[], object]] = {
         name: sizing.work(of_leaves(f), given, mode)
         for name, f in (
             ("eager", in_steps),
@@ -65,7 +65,7 @@ def case(
         )
     }
     if sizing.compiles(options, mode):
-        fast = compiled(in_steps)
+        fast = sizing.compiled(in_steps)
         providers["torch.compile"] = sizing.work(of_leaves(fast), given, mode)
 
     def exact() -> list[Tensor]:

@@ -9,16 +9,18 @@ it is. It is not the official script's loop over classes; bench_gradient_matchin
 bench_distribution_matching.py have that.
 
 Settings are the published ones, but an iteration is cut short where it consists of many equal parts
-(`LOOPS`): trainings of networks, steps of students. The memory and the time at hand decide on
-classes, real images and images per class. With --quick the network is narrow and RFAD does without
-its transform, a matrix of pixels by pixels that would take all the time. Kernels of convolutional
-networks are replaced by fully connected ones beyond 16 pixels, where their definition takes
-minutes.
+(`LOOPS`): trainings of networks, steps of students, frequencies. The memory and the time at hand
+decide on classes, real images and images per class. With --quick the network is narrow and RFAD
+does without its transform, a matrix of pixels by pixels that would take all the time. Kernels of
+convolutional networks are replaced by fully connected ones beyond 16 pixels, where their definition
+takes minutes.
 
 Verified are the synthetic set, and all else that a checkpoint keeps, after the iteration: how far
 each tensor's change is from the reference's, in norm, relative to that change. A ReLU whose input
 rounds to the other side of zero moves an image's gradient by up to some per cent in any program;
-reported is the median over the images, for other tensors the whole.
+reported is the median over the images, for other tensors the whole. RaT-BPTT runs in float64: its
+gradient goes through Adam's steps on biases in front of a norm, whose own gradient is rounding and
+nothing else, so that in float32 two right programs can differ by as much as it is large.
 """
 
 from __future__ import annotations
@@ -59,12 +61,15 @@ AT_MOST = {
     # Updates of the images, steps of a student and of what is differentiated, networks.
     2: ("outer_loop", "outer_most", "syn_steps", "distill_steps", "inner_steps", "window"),
     3: ("totwindow", "pool_size", "net_num"),
+    # Frequencies: drawing them is most of what their definition takes.
+    256: ("num_freqs",),
 }
 LOOPS = {name: most for most, names in AT_MOST.items() for name in names}
 """The most that a setting of this name may be, in whatever method has it."""
 
 LARGEST_CONVOLUTIONAL = 16
 TOLERANCE = 1e-2
+IN_DOUBLE = ("rat_bptt",)
 
 
 def shown(name: str, size: Size) -> str:
@@ -132,7 +137,8 @@ def prepared(method: Method, size: Size, options: argparse.Namespace, folder: Pa
     dataset = noise(size, size.classes, max(size.batch_real, 4 * size.ipc))
     settings = settings_of(method, size, dataset, options.quick, folder)
     config = methods.resolve(method.config(**settings), dataset)
-    made = methods.start(config, dataset, options.memory, options.device)
+    dtype = torch.float64 if method.name in IN_DOUBLE else torch.float32
+    made = methods.start(config, dataset, options.memory, options.device, dtype)
     method.check(made)
     for _ in method.prepare(made):
         pass
@@ -196,7 +202,7 @@ def case(method: Method, size: Size, options: argparse.Namespace) -> Case:
     kernel = str(getattr(config, "kernel", ""))
     kernel = kernel if "-" in kernel else ""  # others are of features
     network = kernel or config.model
-    image = size.channels * size.side**2
+    image = size.channels * size.side**2 * made.dtype.itemsize
     return Case(
         operator=f"method:{method.name}",
         name=f"{network}, {size.side} px, C={size.classes}, ipc {size.ipc}, n={config.batch_real}",
@@ -207,13 +213,14 @@ def case(method: Method, size: Size, options: argparse.Namespace) -> Case:
             "ddfast": lambda: iteration("auto"),
         },
         # Every image that a network sees is read, and the synthetic set read and written.
-        bytes=4 * image * (iteration.images + 2 * size.classes * size.ipc),
+        bytes=image * (iteration.images + 2 * size.classes * size.ipc),
         # And goes forward through the convolutions at least once, where there are any.
         flops=0 if kernel else iteration.images * sizing.operations_of_image(size),
         tolerance=TOLERANCE,
         rounds=7,
         device=options.device,
         error=iteration.error,
+        dtype=str(made.dtype).removeprefix("torch."),
     )
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ddfast.bench import Case, compiled, run
+from ddfast.bench import Case, run
 from ddfast.bench.sizes import Size
 from ddfast.benchmarks import sizing
 from ddfast.layers import norm_relu_pool, norm_relu_pool_means
@@ -129,7 +129,7 @@ def of(data: Data, name: str, options: argparse.Namespace) -> Iterator[Case]:
     rounds = 9 if data.bytes > 1e7 else 31
     blocks: dict[str, Block] = {"eager": in_steps, "ddfast": fused}
     if not options.no_compile and not options.quick:
-        blocks["torch.compile"] = compiled(in_steps)  # type: ignore[assignment]
+        blocks["torch.compile"] = sizing.compiled(in_steps)
     modes: list[tuple[str, Callable[[Block, Data], object], float]] = [
         ("forward", forward, 1.25),  # x read, a quarter written
         ("forward and gradient", with_gradient, 3.5),
@@ -179,12 +179,12 @@ def of_order(
 ) -> Case:
     """One of the two operators up to its second derivative, by images, weight and bias."""
     given = [data.x, data.weight, data.bias]
-    providers = {
+    providers: dict[str, Callable[[], object]] = {
         "eager": sizing.work(plain, given, mode),
         "ddfast": sizing.work(ours, given, mode),
     }
     if sizing.compiles(options, mode):
-        providers["torch.compile"] = sizing.work(compiled(plain), given, mode)
+        providers["torch.compile"] = sizing.work(sizing.compiled(plain), given, mode)
     return Case(
         operator=operator,
         name=title,
@@ -225,7 +225,7 @@ def sized(size: Size, options: argparse.Namespace) -> Iterator[Case]:
         made = of_order(
             "norm_relu_pool_means",
             f"{title}, C={len(counts)}",
-            lambda *given: means_in_steps(*given, counts),
+            lambda x, weight, bias: means_in_steps(x, weight, bias, counts),
             ours_with_means,
             data,
             mode,

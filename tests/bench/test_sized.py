@@ -82,7 +82,7 @@ def test_every_provider_is_right(name):
         )
         assert any(p.startswith("ddfast") for p in case.providers)
         assert case.mode in MODES and case.size.startswith("tiny")
-        assert case.bytes > 0 and case.flops >= 0 and case.rounds <= 5
+        assert case.bytes > 0 and case.flops >= 0 and case.rounds <= 7
 
 
 def test_every_operator_in_every_mode():
