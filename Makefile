@@ -56,7 +56,7 @@ gpu:
 
 bench: .venv/installed
 	rm -f benchmarks/results/cpu.csv
-	$(BIN)/ddfast bench operators --published --device cpu --out benchmarks/results/cpu.csv
+	$(BIN)/ddfast bench --published --device cpu --out benchmarks/results/cpu.csv
 
 # A few speeds beside plain PyTorch that no change may undercut; not part of `make test`, since they
 # depend on what else the machine does.

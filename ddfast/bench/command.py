@@ -22,6 +22,7 @@ from ddfast.bench.case import MODES
 from ddfast.bench.ceilings import Ceilings, in_words, measure_ceilings
 from ddfast.bench.clock import Timer, timer
 from ddfast.bench.machine import device_name, versions
+from ddfast.bench.machine import in_words as machine_in_words
 from ddfast.bench.measure import measure
 from ddfast.bench.progress import progress
 from ddfast.bench.registry import COVERS, Options, chosen, names
@@ -69,8 +70,7 @@ def run(
     torch.set_num_threads(options.threads)
     milliseconds = milliseconds or timer(options.device, options.threads)
     ceilings = measure_ceilings(options.device, milliseconds)
-    device = device_name(options.device)
-    print(f"{device}; {options.threads} thread{'s' * (options.threads != 1)}")
+    print(machine_in_words(options.device, options.threads))
     print(in_words(ceilings), flush=True)
     rows: list[Row] = []
     try:
@@ -133,7 +133,7 @@ def _measure_all(
     return left_out
 
 
-def _timed(case: Any, seconds: float | None, ceilings: Ceilings, milliseconds: Timer) -> list[Row]:
+def _timed(case: Any, seconds: float, ceilings: Ceilings, milliseconds: Timer) -> list[Row]:
     return measure(case, ceilings, milliseconds, seconds)
 
 

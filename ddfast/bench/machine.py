@@ -69,3 +69,16 @@ def versions() -> dict[str, str]:
         "ddfast": ddfast.__version__,
         "commit": commit(),
     }
+
+
+def in_words(device: str, threads: int) -> str:
+    """One line, which says whether ddfast has kernels of its own here."""
+    of = versions()
+    if device == "cuda":
+        kernels = f"Triton {of['triton']}" if of["triton"] else "none, the reference answers"
+    else:
+        kernels = f"C++, {of['level']}" if of["level"] else "none, the reference answers"
+    plural = "s" * (threads != 1)
+    return (
+        f"{device_name(device)}; {threads} thread{plural}; torch {of['torch']}; kernels: {kernels}"
+    )

@@ -17,6 +17,7 @@ from ddfast.bench.sizes import Size
 
 EXPECTED = 3  # cases of a benchmark at a size: forward, backward, double
 QUICK_ROUNDS = 9
+CASE_SECONDS = 30.0  # for the rounds of a case without a budget, unless three take longer
 
 Unit = tuple[str, Size | None]
 """A benchmark and a size, or None for its published cases."""
@@ -42,7 +43,7 @@ class Done:
 def measured(
     units: Sequence[Unit],
     options: Options,
-    timed: Callable[[Case, float | None], list[dict[str, Any]]],
+    timed: Callable[[Case, float], list[dict[str, Any]]],
     clock: Callable[[], float],
     budget: float | None = None,
     modes: Sequence[str] | None = None,
@@ -73,7 +74,7 @@ def measured(
 def _unit(
     unit: Unit,
     options: Options,
-    timed: Callable[[Case, float | None], list[dict[str, Any]]],
+    timed: Callable[[Case, float], list[dict[str, Any]]],
     clock: Callable[[], float],
     share: float | None,
     modes: Sequence[str] | None,
@@ -83,7 +84,7 @@ def _unit(
         for case in cases_of(*unit, options):
             if modes is not None and case.mode not in modes:
                 continue
-            seconds = None
+            seconds = CASE_SECONDS
             if share is not None:
                 left = begun + share - clock()
                 if made and left <= 0:

@@ -125,6 +125,14 @@ def test_a_budget_leaves_cases_out_but_the_first_of_each(tiny_module, tmp_path, 
     assert "left out, no time was left: more cases of tiny at cifar10" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("milliseconds", "rounds"), [(100.0, "15"), (1000.0, "10"), (1e5, "3")])
+def test_slow_cases_get_fewer_rounds(tiny_module, tmp_path, milliseconds, rounds):
+    out = tmp_path / "results.csv"
+    words = ["tiny", "--device", "cpu", "--quiet", "--modes", "forward", "--out", str(out)]
+    command.run(words, milliseconds=lambda f: milliseconds)
+    assert results.read(out)[1]["rounds"] == rounds  # both providers and the copy in 30 s
+
+
 def test_quick_is_small(tiny_module, monkeypatch):
     seen = []
 
