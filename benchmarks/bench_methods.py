@@ -10,10 +10,10 @@ bench_distribution_matching.py have that.
 
 Settings are the published ones, but an iteration is cut short where it consists of many equal parts
 (`LOOPS`): trainings of networks, steps of students, frequencies. The memory and the time at hand
-decide on classes, real images and images per class. With --quick the network is narrow and RFAD
-does without its transform, a matrix of pixels by pixels that would take all the time. Kernels of
-convolutional networks are replaced by fully connected ones beyond 16 pixels, where their definition
-takes minutes.
+decide on classes, real images and images per class. With --quick the network is narrow. With it, or
+beyond 32 pixels, RFAD does without its transform, a matrix of pixels by pixels that would take all
+the time. Kernels of convolutional networks are replaced by fully connected ones beyond 16 pixels,
+where their definition takes minutes.
 
 Verified are the synthetic set, and all else that a checkpoint keeps, after the iteration: how far
 each tensor's change is from the reference's, in norm, relative to that change. A ReLU whose input
@@ -46,6 +46,7 @@ from ddfast.benchmarks import sizing
 from ddfast.benchmarks.random_images import noise
 from ddfast.data import Dataset
 from ddfast.experts import train as experts
+from ddfast.memory import DEFAULT
 from ddfast.methods import Method, Run
 from ddfast.methods.run import learned, restore
 
@@ -102,15 +103,16 @@ def settings_of(
         found["distill_steps"] = math.gcd(found["distill_steps"], size.ipc)
     if getattr(published, "threshold", None) is not None:  # above it nothing would move
         found["threshold"] = 1e6
-    if quick and "transform" in fields:
+    if "transform" in fields and (quick or min(dataset.size) > 32):
         found["transform"] = False
     share = min(1.0, size.batch_real / SIZES["cifar10"].batch_real)
     for name in ("batch_real", "batch_train", "batch_latents", "batch_per_class"):
         if name in fields:  # published for 256 real images of a class, or about
             scaled = math.ceil(getattr(published, name) * share)
             found[name] = min(max(2, scaled), len(dataset.train_labels))
-    if published.shared is not None:  # fewer than what they are to store
-        found["shared"] = min(published.shared, 2 * dataset.num_classes * size.ipc)
+    if published.shared is not None:  # so few that coefficients find a place beside them
+        most = size.classes * size.ipc * published.base_scale**2
+        found["shared"] = min(published.shared, most - 1)
     if "task_sampler_nc" in fields:
         found["task_sampler_nc"] = min(published.task_sampler_nc, dataset.num_classes)
     if (
@@ -138,7 +140,9 @@ def prepared(method: Method, size: Size, options: argparse.Namespace, folder: Pa
     settings = settings_of(method, size, dataset, options.quick, folder)
     config = methods.resolve(method.config(**settings), dataset)
     dtype = torch.float64 if method.name in IN_DOUBLE else torch.float32
-    made = methods.start(config, dataset, options.memory, options.device, dtype)
+    # As much as `ddfast distill` allows itself: plans are made for more than is taken.
+    memory = max(options.memory, DEFAULT)
+    made = methods.start(config, dataset, memory, options.device, dtype)
     method.check(made)
     for _ in method.prepare(made):
         pass
