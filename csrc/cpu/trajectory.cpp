@@ -3,6 +3,8 @@
 //
 // Every block is summed by a fixed number of lanes and the blocks in their order, in double: the
 // same bits for any number of threads.
+#include <type_traits>
+
 #include "common.h"
 #include "kernels.h"
 
@@ -23,8 +25,8 @@ void run_block(const trajectory_arguments &x, int64_t first, int64_t count, doub
   T *next = static_cast<T *>(x.next);
   A *next_total = static_cast<A *>(x.next_total);
   double ours[lanes] = {}, theirs[lanes] = {};
-  for (int64_t j = 0; j < count; j += lanes) {
-    const int64_t width = count - j < lanes ? count - j : lanes;
+  // Of full width but for the end of a block: the compiler vectorises loops of a length it knows.
+  const auto part = [&](int64_t j, auto width) __attribute__((always_inline)) {
     A here[lanes];
     for (int64_t k = 0; k < width; ++k) here[k] = A(load(theta[j + k]));
     if (gradient) {
@@ -41,7 +43,10 @@ void run_block(const trajectory_arguments &x, int64_t first, int64_t count, doub
       ours[k] += double(a) * double(a);
       theirs[k] += double(b) * double(b);
     }
-  }
+  };
+  int64_t j = 0;
+  for (; j + lanes <= count; j += lanes) part(j, std::integral_constant<int64_t, lanes>());
+  if (j < count) part(j, count - j);
   sums[0] = fold(ours);
   sums[1] = fold(theirs);
 }

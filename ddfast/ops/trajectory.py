@@ -115,13 +115,19 @@ def _distance_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _distance_backward(ctx: Any, by_squares: Tensor) -> Any:
     student, start, target = ctx.saved_tensors
-    wide = by_squares.dtype
-    by_student, by_start = (
-        2 * by_squares[side] * (x.to(wide) - target.to(wide))
-        for side, x in enumerate((student, start))
+    wanted, wide = ctx.needs_input_grad, by_squares.dtype
+
+    def pulled(side: int, x: Tensor) -> Any:
+        if not (wanted[side] or wanted[2]):  # where only the student is learned, it is one pass
+            return None
+        return (x.to(wide) - target.to(wide)) * (2 * by_squares[side])
+
+    by_student, by_start = pulled(0, student), pulled(1, start)
+    return (
+        by_student.to(student.dtype) if wanted[0] else None,
+        by_start.to(start.dtype) if wanted[1] else None,
+        (-by_student - by_start).to(target.dtype) if wanted[2] else None,
     )
-    by_target = (-by_student - by_start).to(target.dtype)
-    return by_student.to(student.dtype), by_start.to(start.dtype), by_target
 
 
 derivative("trajectory_distance", _distance_backward, _distance_setup)
