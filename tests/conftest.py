@@ -35,6 +35,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.gpu)
         if not HAS_GPU and item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason=reason))
+    # The tests of minutes come first, so that no process is left alone with one at the end.
+    items.sort(key=lambda item: not item.path.name.startswith(("test_scale", "test_build")))
 
 
 @pytest.fixture
