@@ -69,7 +69,9 @@ LOOPS = {name: most for most, names in AT_MOST.items() for name in names}
 """The most that a setting of this name may be, in whatever method has it."""
 
 LARGEST_CONVOLUTIONAL = 16
-TOLERANCE = 1e-2
+# Of the change. What all images share, such as LinBa's bases, sees every flip of a ReLU, for which no
+# median makes up: off by 1e-2 was measured at 64 pixels.
+TOLERANCE, TOLERANCE_SHARED = 1e-2, 3e-2
 IN_DOUBLE = ("rat_bptt",)
 
 
@@ -220,7 +222,7 @@ def case(method: Method, size: Size, options: argparse.Namespace) -> Case:
         bytes=image * (iteration.images + 2 * size.classes * size.ipc),
         # And goes forward through the convolutions at least once, where there are any.
         flops=0 if kernel else iteration.images * sizing.operations_of_image(size),
-        tolerance=TOLERANCE,
+        tolerance=TOLERANCE_SHARED if set(made.tensors) - {config.rows} else TOLERANCE,
         rounds=7,
         device=options.device,
         error=iteration.error,
