@@ -69,8 +69,8 @@ LOOPS = {name: most for most, names in AT_MOST.items() for name in names}
 """The most that a setting of this name may be, in whatever method has it."""
 
 LARGEST_CONVOLUTIONAL = 16
-# Of the change. What all images share, such as LinBa's bases, sees every flip of a ReLU, for which no
-# median makes up: off by 1e-2 was measured at 64 pixels.
+# Of the change. What all images share, such as LinBa's bases, sees every flip of a ReLU, and no
+# median makes up for it: off by 1e-2 was measured at 64 pixels.
 TOLERANCE, TOLERANCE_SHARED = 1e-2, 3e-2
 IN_DOUBLE = ("rat_bptt",)
 
