@@ -143,16 +143,16 @@ def sized(size: Size, options: argparse.Namespace) -> Iterator[Case]:
     pixels = 4 * size.ipc * width * side**2
     weights = 4 * 9 * width**2
     few, note = sizing.share(
-        sizing.classes_only(size),
+        dataclasses.replace(size, batch_real=size.ipc),
         options,
         memory=8 * (pixels + weights),
         operations=5 * 18 * width * pixels / 4,
     )
     for product, operator in PRODUCTS.items():
         for mode in sizing.wanted(options, *sizing.ORDERS):
-            shape = (width, width, side, few.classes, size.ipc)
+            shape = (width, width, side, few.classes, few.batch_real)
             made = case(options, product, *shape, mode, ("auto",))
-            label = sizing.label(size, note)
+            label = sizing.label(size, note.replace("real images", "images"))
             yield dataclasses.replace(made, operator=operator, size=label)
 
 

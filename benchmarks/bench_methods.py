@@ -18,9 +18,13 @@ where their definition takes minutes.
 Verified are the synthetic set, and all else that a checkpoint keeps, after the iteration: how far
 each tensor's change is from the reference's, in norm, relative to that change. A ReLU whose input
 rounds to the other side of zero moves an image's gradient by up to some per cent in any program;
-reported is the median over the images, for other tensors the whole. RaT-BPTT runs in float64: its
-gradient goes through Adam's steps on biases in front of a norm, whose own gradient is rounding and
-nothing else, so that in float32 two right programs can differ by as much as it is large.
+reported is the median over the images, for other tensors the whole. Where that is more than allowed
+the reference goes again from images changed by as much as a fast convolution rounds (2e-6), and
+twice what it then is off by is allowed, but no more than 0.2: the error reported is scaled by it.
+
+RaT-BPTT runs in float64: its gradient goes through Adam's steps on biases in front of a norm, whose
+own gradient is rounding and nothing else, so that in float32 two right programs can differ by as
+much as it is large.
 """
 
 from __future__ import annotations
@@ -69,7 +73,10 @@ LOOPS = {name: most for most, names in AT_MOST.items() for name in names}
 """The most that a setting of this name may be, in whatever method has it."""
 
 LARGEST_CONVOLUTIONAL = 16
-TOLERANCE = 1e-2
+TOLERANCE, MOST_ALLOWED = 1e-2, 0.2
+# Where images share something, such as LinBa's bases, no median makes up for a flip: off by 1.04e-2
+# was measured at 64 pixels.
+TOLERANCE_SHARED = 3e-2
 IN_DOUBLE = ("rat_bptt",)
 
 
@@ -171,7 +178,31 @@ class Iteration:
         return {name: t.clone() for name, t in (learned(made) | made.state).items()}
 
     def error(self, result: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
-        """Of the worst tensor; 1 where other tensors are there, or nothing has moved."""
+        """Of the worst tensor, see above; 1 where other tensors are there, or nothing has moved."""
+        found = self.distance(result, exact)
+        if not TOLERANCE < found < 1:
+            return found
+        allowed = min(2 * self.sensitivity(exact), MOST_ALLOWED)
+        return found / max(1.0, allowed / TOLERANCE)
+
+    def sensitivity(self, exact: dict[str, Tensor]) -> float:
+        """How far the reference gets from its own result if the images are a rounding or so off."""
+        before, worst = self.before, 0.0
+        rows = self.run.config.rows
+        for seed in range(3):
+            start = before[rows]
+            noise = 16 * torch.finfo(start.dtype).eps * sizing.drawn(start.shape, seed, start)
+            self.before = before | {rows: start * (1 + noise)}
+            try:
+                moved = self("reference")
+            finally:
+                self.before = before
+            moved[rows] = moved[rows] - start * noise
+            worst = max(worst, self.distance(moved, exact))
+        return worst
+
+    def distance(self, result: dict[str, Tensor], exact: dict[str, Tensor]) -> float:
+        """The error without regard to what the reference does."""
         if result.keys() != exact.keys():
             return 1.0
         before, worst, moved = self.before | self.state, 0.0, False
@@ -220,7 +251,7 @@ def case(method: Method, size: Size, options: argparse.Namespace) -> Case:
         bytes=image * (iteration.images + 2 * size.classes * size.ipc),
         # And goes forward through the convolutions at least once, where there are any.
         flops=0 if kernel else iteration.images * sizing.operations_of_image(size),
-        tolerance=TOLERANCE,
+        tolerance=TOLERANCE_SHARED if set(made.tensors) - {config.rows} else TOLERANCE,
         rounds=7,
         device=options.device,
         error=iteration.error,

@@ -151,6 +151,18 @@ def test_a_wrong_iteration_is_noticed(name):
     assert case.error(still, still) == 1, "an iteration that moves nothing shows nothing"
 
 
+def test_what_the_reference_itself_is_off_by_is_allowed_twice(monkeypatch):
+    (case,) = bench_methods.sized(TINY, options(methods=("linba",)))
+    iteration, exact = case.error.__self__, case.exact()
+    assert 0 < iteration.sensitivity(exact) < bench_methods.TOLERANCE / 10
+    change = exact["images"] - iteration.before["images"]
+    wrong = exact | {"images": exact["images"] + 0.05 * change}
+    assert case.error(wrong, exact) == pytest.approx(0.05, rel=0.01)
+    for own, expected in ((0.01, 0.025), (0.05, 0.005), (1.0, 0.0025)):
+        monkeypatch.setattr(iteration, "sensitivity", lambda exact, own=own: own)
+        assert case.error(wrong, exact) == pytest.approx(expected, rel=0.01)
+
+
 def test_shares_are_named_and_fit():
     imagenet = Size("imagenet-1k", 1000, 3, 64, 256, 10, 128, 4)
     (made, *_) = registry.cases_of("class_mean", imagenet, options(modes=("forward",)))
