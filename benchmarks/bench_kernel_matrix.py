@@ -2,6 +2,7 @@
 
     python benchmarks/bench_kernel_matrix.py --out benchmarks/results/kernel_matrix.csv
     python benchmarks/bench_kernel_matrix.py --floor     # what an evaluation costs at least
+    python benchmarks/bench_kernel_matrix.py --scaling   # two threads against one
 
 The baseline of the fully connected rows is benchmarks/plain_dense_kernel.py, the recursion on
 matrices in plain PyTorch; their GFLOP/s count the products alone, 2 n m d each and two with the
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -244,8 +246,34 @@ def floor() -> None:
         print(f"{1e9 * each / pairs:.3f} ns each")
 
 
+def scaling() -> None:
+    """Print how many times as fast two threads are as one, by the wall clock, in turn."""
+    for size, n, m in ((8, 64, 128), (16, 16, 32), (32, 8, 16)):
+        options = argparse.Namespace(device="cpu")
+        x, y = drawn(options, n, 3, size, size, seed=0), drawn(options, m, 3, size, size, seed=1)
+        network = ("ntk", [True] * 3, "flatten", *VARIANCES)
+        leaf = y.clone().requires_grad_()
+        for mode, f in (
+            ("forward", lambda: conv_kernel(x, y, *network)),
+            ("backward", lambda: with_gradient(lambda t: conv_kernel(x, t, *network), leaf)),
+        ):
+            ratios = []
+            for _ in range(15):
+                seconds = []
+                for threads in (1, 2):
+                    torch.set_num_threads(threads)
+                    start = time.perf_counter()
+                    f()
+                    seconds.append(time.perf_counter() - start)
+                ratios.append(seconds[0] / seconds[1])
+            low, middle, high = statistics.quantiles(ratios, n=4)
+            print(f"{size} px, {mode}: {middle:.2f} ({low:.2f} to {high:.2f})", flush=True)
+
+
 if __name__ == "__main__":
     if "--floor" in sys.argv:
         floor()
+    elif "--scaling" in sys.argv:
+        scaling()
     else:
         run(cases, __doc__ or "")

@@ -17,7 +17,7 @@ import re
 import sys
 from pathlib import Path
 
-from readme_table import number, rows
+from ddfast.benchmarks.readme_table import number, rows
 
 ROOT = Path(__file__).resolve().parents[1]
 HEADER = "| case; mode | provider | ms | times eager's speed |\n|---|---|--:|--:|\n"

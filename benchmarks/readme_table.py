@@ -9,10 +9,9 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import method_pages
-import overview_tables as overview
-
 from ddfast.bench import results
+from ddfast.benchmarks import method_pages
+from ddfast.benchmarks import overview_tables as overview
 from ddfast.methods import methods
 
 ROOT = Path(__file__).resolve().parents[1]

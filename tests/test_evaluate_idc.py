@@ -83,7 +83,7 @@ def test_steps_matched_keeps_the_schedule() -> None:
 
 def test_what_is_refused() -> None:
     for settings, message in (
-        ({"schedule": "cosine"}, "schedule must be one of dc, multistep, fifths, constant"),
+        ({"schedule": "cosines"}, "schedule must be one of dc, multistep, fifths, constant"),
         ({"cutmix": 1.5}, "cutmix must be a probability"),
         ({"schedule": "multistep", "epochs": 0}, "epochs must be an integer of at least 1"),
         ({"augmentation": "idc", "strategy": "spin"}, "spin"),

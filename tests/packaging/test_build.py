@@ -94,7 +94,8 @@ def expected_files(source: Path) -> set[str]:
     package = {str(p.relative_to(source)) for p in (source / "ddfast").rglob("*.py")}
     kernels = {f"ddfast/kernels/{p.name}" for p in (source / "kernels").glob("*.py")}
     # What writes the checkout's tables is not installed.
-    scripts = {"accuracy.py", "adjoints.py", "peak_memory.py", "readme_table.py", "test_ratios.py"}
+    scripts = {"accuracy.py", "adjoints.py", "peak_memory.py", "test_ratios.py"}
+    scripts |= {"readme_table.py", "page_tables.py", "method_pages.py", "overview_tables.py"}
     found = {p.name for p in (source / "benchmarks").glob("*.py")} - scripts
     benchmarks = {f"ddfast/benchmarks/{name}" for name in found}
     stubs = {"ddfast/_C.pyi", "ddfast/_cuda.pyi"}
