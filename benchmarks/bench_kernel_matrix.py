@@ -250,24 +250,19 @@ def scaling() -> None:
     """Print how many times as fast two threads are as one, by the wall clock, in turn."""
     for size, n, m in ((8, 64, 128), (16, 16, 32), (32, 8, 16)):
         options = argparse.Namespace(device="cpu")
-        x, y = drawn(options, n, 3, size, size, seed=0), drawn(options, m, 3, size, size, seed=1)
-        network = ("ntk", [True] * 3, "flatten", *VARIANCES)
-        leaf = y.clone().requires_grad_()
-        for mode, f in (
-            ("forward", lambda: conv_kernel(x, y, *network)),
-            ("backward", lambda: with_gradient(lambda t: conv_kernel(x, t, *network), leaf)),
-        ):
+        for gradient in (False, True):
+            case = convolutional(options, size, n, m, [True] * 3, "flatten", gradient)
             ratios = []
             for _ in range(15):
                 seconds = []
                 for threads in (1, 2):
                     torch.set_num_threads(threads)
                     start = time.perf_counter()
-                    f()
+                    case.providers["ddfast"]()
                     seconds.append(time.perf_counter() - start)
                 ratios.append(seconds[0] / seconds[1])
             low, middle, high = statistics.quantiles(ratios, n=4)
-            print(f"{size} px, {mode}: {middle:.2f} ({low:.2f} to {high:.2f})", flush=True)
+            print(f"{case.name}, {case.mode}: {middle:.2f} ({low:.2f} to {high:.2f})", flush=True)
 
 
 if __name__ == "__main__":
