@@ -75,6 +75,29 @@ def figures(file: Path) -> list[Row]:
         return list(csv.DictReader(text))
 
 
+def iterations_table(rows: Iterable[Row]) -> str:
+    """An outer iteration of each method, on the kernels and on their plain PyTorch definitions."""
+    found: dict[tuple[str, str], dict[str, Row]] = {}
+    for row in rows:
+        if row["operator"].startswith("method:") and row["verified"] == "yes":
+            found.setdefault((row["operator"], row["case"]), {})[row["provider"]] = row
+    lines = [
+        "| method | case | reference, ms | ddfast, ms | times as fast (95 % interval) "
+        "| peak memory, MiB |\n|---|---|--:|--:|--:|--:|"
+    ]
+    for (operator, case), by_provider in found.items():
+        if not {"reference", "ddfast"} <= set(by_provider):
+            continue
+        plain, ours = by_provider["reference"], by_provider["ddfast"]
+        times = " | ".join(f"{float(r['median_ms']):.3g}" for r in (plain, ours))
+        ends = "{ratio_to_eager} ({ratio_low} to {ratio_high})".format(**ours)
+        weights = f"{float(plain['peak_mib']):.0f}, {float(ours['peak_mib']):.0f}"
+        lines.append(
+            f"| {shown(operator.removeprefix('method:'))} | {case} | {times} | {ends} | {weights} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def memory_table(folder: Path) -> str:
     """Peak memory beside the eager way, from the JSON files of the memory benchmarks."""
     lines = ["| what | eager | ddfast |", "|---|--:|--:|"]

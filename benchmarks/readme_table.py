@@ -15,7 +15,8 @@ from ddfast.benchmarks import overview_tables as overview
 from ddfast.methods import methods
 
 ROOT = Path(__file__).resolve().parents[1]
-BENCHMARKS, METHODS, ACCURACIES, MEMORY = "benchmarks", "methods", "accuracies", "memory"
+BENCHMARKS, ITERATIONS, MEMORY = "benchmarks", "iterations", "memory"
+METHODS, ACCURACIES = "methods", "accuracies"
 QUARTILES = "*"
 
 
@@ -156,6 +157,7 @@ def main() -> int:
     figures = overview.figures(ROOT / "ddfast" / "methods" / "figures.csv")
     text = updated(text, METHODS, overview.methods_table(methods(), figures))
     text = updated(text, ACCURACIES, overview.others_table(figures, list(methods())))
+    text = updated(text, ITERATIONS, overview.iterations_table(table))
     text = updated(text, MEMORY, overview.memory_table(ROOT / "benchmarks" / "results"))
     wanted = {readme: text, results: f"# Every provider of every benchmark\n\n{markdown(table)}"}
     for name in methods():
