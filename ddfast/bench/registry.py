@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from ddfast.bench.case import MODES, Case
+from ddfast.bench.clock import graphed
 from ddfast.bench.sizes import Size
 
 METHOD = "method:"
+GRAPH = "CUDA graph of ddfast"
 
 # In the order in which they run: module, and the operators of ddfast.ops whose forward, backward or
 # tangent it runs ("class_mean" stands for class_mean and class_mean_bwd).
@@ -122,4 +124,16 @@ def cases_of(name: str, size: Size | None, options: Any) -> Iterator[Case]:
     module = importlib.import_module(f"ddfast.benchmarks.{file}")
     if name.startswith(METHOD):
         options.methods = (name.removeprefix(METHOD),)
-    yield from module.cases(options) if size is None else module.sized(size, options)
+    for case in module.cases(options) if size is None else module.sized(size, options):
+        add_graph(case)
+        yield case
+
+
+def add_graph(case: Case) -> None:
+    """A further provider for an operator on CUDA: its work without launches from Python.
+
+    Work that waits for the GPU cannot be recorded; its row says so.
+    """
+    operator = not case.operator.startswith(METHOD) and case.mode in ("forward", "backward")
+    if case.device == "cuda" and operator and "ddfast" in case.providers:
+        case.providers[GRAPH] = graphed(case.providers["ddfast"])

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import ddfast.ops
 from ddfast import methods
-from ddfast.bench import Size, registry
+from ddfast.bench import Case, Size, registry
 
 
 def registered() -> set[str]:
@@ -104,3 +104,18 @@ def test_one_method_at_a_time(monkeypatch):
     )
     list(registry.cases_of("method:dm", object(), registry.Options()))
     assert asked == [("dm",)]
+
+
+def test_operators_on_cuda_have_a_graph_as_a_provider() -> None:
+    def provided(operator: str, mode: str, device: str) -> list[str]:
+        work = {"eager": list, "ddfast": list}
+        case = Case(operator, "a case", mode, list, dict(work), 1, device=device)
+        registry.add_graph(case)
+        return list(case.providers)
+
+    plain = ["eager", "ddfast"]
+    for mode in ("forward", "backward"):
+        assert provided("mmd", mode, "cuda") == [*plain, registry.GRAPH]
+        assert provided("mmd", mode, "cpu") == plain
+    assert provided("mmd", "double", "cuda") == plain
+    assert provided("method:dm", "iteration", "cuda") == plain
