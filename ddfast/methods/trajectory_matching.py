@@ -97,7 +97,7 @@ class Config(Shared):
         "where each step's parameters wait: device, host, or checkpoints (only some are kept)",
         "device",
     )
-    zca: Recipe = setting(f"{ZCA_HELP}: that of the experts")
+    zca: Recipe = setting(f"{ZCA_HELP}; the experts'")
     threshold: float = setting("no update while the loss is above this (none)", above=0)
 
     def __post_init__(self) -> None:
