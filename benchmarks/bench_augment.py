@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ddfast.augment import DSA, OPERATIONS
-from ddfast.bench import Case, run
+from ddfast.bench import Case, compiled, run
 from ddfast.bench.sizes import Size
 from ddfast.benchmarks import sizing
 from ddfast.compat.dc import DiffAugment, ParamDiffAug
@@ -240,7 +240,7 @@ def case(
         "ddfast DiffAugment": every(lambda t, k: DiffAugment(t, OPERATIONS[k], SEED, param)),
     }
     if sizing.compiles(options, mode):
-        fast = [sizing.compiled(lambda t, p, k=k: given(t, k, p)) for k in range(6)]
+        fast = [compiled(lambda t, p, k=k: given(t, k, p)) for k in range(6)]
         providers["torch.compile"] = every(lambda t, k: fast[k](t, values[k]))
     names = "six operations" if len(operations) == 6 else OPERATIONS[operations[0]]
     batches = {"forward": 1, "backward": 2, "double": 3}[mode]  # each one read and one written

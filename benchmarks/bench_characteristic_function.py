@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ddfast import losses
-from ddfast.bench import Case, run
+from ddfast.bench import Case, compiled, run
 from ddfast.bench.sizes import Size
 from ddfast.benchmarks import sizing
 from ddfast.losses import Frequencies
@@ -98,7 +98,7 @@ def case(
         "eager, one product": provider(one_product, y, t, draws=draw),
     }
     if sizing.compiles(options, mode):
-        providers["torch.compile"] = provider(sizing.compiled(one_product), y, t, draws=draw)
+        providers["torch.compile"] = provider(compiled(one_product), y, t, draws=draw)
     ours = losses.characteristic_function_distance
     providers["ddfast, autograd" if mode == "backward" else "ddfast"] = provider(
         ours, y, frequencies

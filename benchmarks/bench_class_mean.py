@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ddfast import losses
-from ddfast.bench import Case, run
+from ddfast.bench import Case, compiled, run
 from ddfast.bench.sizes import Size
 from ddfast.benchmarks import sizing
 from ddfast.reference import class_mean as reference
@@ -90,7 +90,7 @@ def case(
         providers["torch batched"] = by_class(lambda s: batched(s, reals), cube)
         providers["ddfast"] = by_class(lambda s: losses.class_mean_distance(s, reals), cube)
         if sizing.compiles(options, mode):
-            fast = sizing.compiled(batched)
+            fast = compiled(batched)
             providers["torch.compile"] = by_class(lambda s: fast(s, reals), cube)
     kind = {torch.float32: "", torch.bfloat16: ", bfloat16"}[dtype]
     sizes = "uneven, about" if uneven else ""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ddfast.bench import Case, run
+from ddfast.bench import Case, compiled, run
 from ddfast.bench.sizes import Size
 from ddfast.benchmarks import sizing
 from ddfast.layers import norm_relu_pool
@@ -65,7 +65,7 @@ def case(
         )
     }
     if sizing.compiles(options, mode):
-        fast = sizing.compiled(in_steps)
+        fast = compiled(in_steps)
         providers["torch.compile"] = sizing.work(of_leaves(fast), given, mode)
 
     def exact() -> list[Tensor]:

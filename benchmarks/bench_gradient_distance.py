@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ddfast import losses, nets
-from ddfast.bench import Case, run
+from ddfast.bench import Case, compiled, run
 from ddfast.bench.sizes import Size
 from ddfast.benchmarks import sizing
 from ddfast.reference import gradient_distance as reference
@@ -112,7 +112,7 @@ def case(
         providers["ddfast one call"] = arranged(one_call)
         providers["ddfast class by class"] = class_by_class
     if sizing.compiles(options, mode):
-        providers["torch.compile"] = sizing.work(sizing.compiled(loop), parts, mode)
+        providers["torch.compile"] = sizing.work(compiled(loop), parts, mode)
     counted = sum(t.numel() for t in syn)
     return Case(
         operator="gradient_distance",

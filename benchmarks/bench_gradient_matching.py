@@ -32,7 +32,7 @@ from torch.nn.functional import cross_entropy
 
 from ddfast import engine
 from ddfast.augment import DSA
-from ddfast.bench import Case, run
+from ddfast.bench import Case, compiled, run
 from ddfast.bench.sizes import Size
 from ddfast.benchmarks import bench_augment, sizing
 from ddfast.benchmarks.matching_task import (
@@ -109,7 +109,7 @@ def real_side(size: str | Shape, classes: int, options: argparse.Namespace) -> C
         "torch.func vmap": vmap,
     }
     if sizing.compiles(options, "backward"):
-        fast = sizing.compiled(task.plain)
+        fast = compiled(task.plain)
 
         def with_compile() -> list[Tensor]:
             rows = []
@@ -194,7 +194,7 @@ def synthetic_side(size: str | Shape, classes: int, ipc: int, options: argparse.
         "torch.func vmap": vmap,
     }
     if sizing.compiles(options, "backward") and not task.large:
-        fast = sizing.compiled(torch.func.grad_and_value(distance))
+        fast = compiled(torch.func.grad_and_value(distance))
 
         def with_compile() -> tuple[Tensor, Tensor]:
             gradient, loss = fast(task.syn.detach())

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 import ddfast
-from ddfast.bench import Case, run
+from ddfast.bench import Case, compiled, run
 from ddfast.bench.sizes import Size
 from ddfast.benchmarks import plain_conv_kernel as plain
 from ddfast.benchmarks import plain_dense_kernel as plain_dense
@@ -91,9 +91,9 @@ def convolutional(
 
     if size <= 16:  # beyond, the definition takes minutes, and double precision answers to 1e-12
 
-        def exact_by_definition(compiled: Callable[[], object] = exact) -> object:
+        def exact_by_definition() -> object:
             with ddfast.use_backend("reference"):
-                return compiled()
+                return exact()
 
         judge = exact_by_definition
     else:
@@ -130,9 +130,7 @@ def fully_connected(
 
     providers = {"eager": timed(lambda a, b: plain_dense.matrix(a, b, depth))}
     if not options.no_compile and not options.quick:
-        providers["torch.compile"] = timed(
-            sizing.compiled(lambda a, b: plain_dense.matrix(a, b, depth))
-        )
+        providers["torch.compile"] = timed(compiled(lambda a, b: plain_dense.matrix(a, b, depth)))
     providers["ddfast"] = timed(lambda a, b: kernel_matrix(a, b, **network))
     rival = plain_dense.neural_tangents(x, y, depth) if options.device == "cpu" else None
     if rival is not None:

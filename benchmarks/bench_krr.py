@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ddfast import losses
-from ddfast.bench import Case, run
+from ddfast.bench import Case, compiled, run
 from ddfast.bench.sizes import Size
 from ddfast.benchmarks import sizing
 from ddfast.reference import krr as reference
@@ -61,7 +61,7 @@ def case(
         "ddfast": provider(ours, dtype),
     }
     if sizing.compiles(options, mode):
-        providers["torch.compile"] = provider(sizing.compiled(plain(reference.predict)), dtype)
+        providers["torch.compile"] = provider(compiled(plain(reference.predict)), dtype)
     # Factorisation, two triangular solves and the prediction; back as many and two products.
     flops = n**3 // 3 + 2 * n * n * columns + 2 * m * n * columns
     if mode == "backward":

@@ -28,7 +28,7 @@ from torch import Tensor
 
 import ddfast
 from ddfast import losses
-from ddfast.bench import Case, commit, device_name, run
+from ddfast.bench import Case, commit, compiled, device_name, run
 from ddfast.bench.sizes import Size
 from ddfast.benchmarks import sizing
 from ddfast.memory import peak_resident
@@ -151,7 +151,7 @@ def case(
             x.detach(), y, kernel
         )
     if sizing.compiles(options, mode):
-        fast = sizing.compiled(lambda a, b: plain(best, kernel, a, b))
+        fast = compiled(lambda a, b: plain(best, kernel, a, b))
         providers["torch.compile"] = provider(lambda t: fast(t, y))
     # On a CPU KeOps takes a minute where the rest takes a second.
     if has_keops() and (options.device == "cuda" or n * m * d <= 1000 * 1000 * 128):

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddfast.bench import Case, run
+from ddfast.bench import Case, compiled, run
 from ddfast.bench.sizes import Size
 from ddfast.benchmarks import sizing
 from ddfast.ops.multi_formation import multi_formation
@@ -50,7 +50,7 @@ def case(shape: tuple[int, ...], factor: int, mode: str, options: argparse.Names
 
     providers = {"eager": provider(official), "ddfast": provider(ours)}
     if sizing.compiles(options, mode):
-        providers["torch.compile"] = provider(sizing.compiled(official))
+        providers["torch.compile"] = provider(compiled(official))
     moved = x.nbytes * (1 + factor**2)  # the images and what they decode to, each way
     return Case(
         operator="multi_formation",

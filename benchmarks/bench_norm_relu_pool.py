@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ddfast.bench import Case, run
+from ddfast.bench import Case, compiled, run
 from ddfast.bench.sizes import Size
 from ddfast.benchmarks import sizing
 from ddfast.layers import norm_relu_pool, norm_relu_pool_means
@@ -129,7 +129,7 @@ def of(data: Data, name: str, options: argparse.Namespace) -> Iterator[Case]:
     rounds = 9 if data.bytes > 1e7 else 31
     blocks: dict[str, Block] = {"eager": in_steps, "ddfast": fused}
     if not options.no_compile and not options.quick:
-        blocks["torch.compile"] = sizing.compiled(in_steps)
+        blocks["torch.compile"] = compiled(in_steps)
     modes: list[tuple[str, Callable[[Block, Data], object], float]] = [
         ("forward", forward, 1.25),  # x read, a quarter written
         ("forward and gradient", with_gradient, 3.5),
@@ -184,7 +184,7 @@ def of_order(
         "ddfast": sizing.work(ours, given, mode),
     }
     if sizing.compiles(options, mode):
-        providers["torch.compile"] = sizing.work(sizing.compiled(plain), given, mode)
+        providers["torch.compile"] = sizing.work(compiled(plain), given, mode)
     return Case(
         operator=operator,
         name=title,

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ddfast import losses, nets
-from ddfast.bench import Case, run
+from ddfast.bench import Case, compiled, run
 from ddfast.bench.sizes import Size
 from ddfast.benchmarks import sizing
 from ddfast.ops import trajectory as ops
@@ -56,7 +56,7 @@ def case(size: int, options: argparse.Namespace) -> Case:
         "ddfast": lambda: ours(*arguments),
     }
     if sizing.compiles(options, "forward"):
-        fast = sizing.compiled(plain)
+        fast = compiled(plain)
         providers["torch.compile"] = lambda: fast(*arguments)
     return Case(
         operator="trajectory",
@@ -89,7 +89,7 @@ def distance_case(size: int, mode: str, options: argparse.Namespace) -> Case:
         "ddfast": provider(losses.trajectory_distance, *given),
     }
     if sizing.compiles(options, mode):
-        providers["torch.compile"] = provider(sizing.compiled(distance), *given)
+        providers["torch.compile"] = provider(compiled(distance), *given)
     return Case(
         operator="trajectory_distance",
         name=f"P={size}",

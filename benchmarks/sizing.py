@@ -10,12 +10,10 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from ddfast.bench import case
 from ddfast.bench.sizes import Size, fitted
 from ddfast.testing import flatten
 
@@ -124,16 +122,6 @@ def compiles(options: argparse.Namespace, mode: str) -> bool:
     Graphs that it has compiled for a derivative cannot be differentiated again.
     """
     return not (options.no_compile or options.quick or mode == "double")
-
-
-def compiled(f: Callable[..., Any]) -> Callable[..., Any]:
-    """`ddfast.bench.compiled` of a function that other cases have compiled for their shapes.
-
-    Those would count as recompilations of one function, of which torch stops after a few and goes
-    on without a word as if it had not been compiled.
-    """
-    torch._dynamo.reset()
-    return case.compiled(f)
 
 
 def network(size: Size) -> str:

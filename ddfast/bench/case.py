@@ -73,6 +73,12 @@ def has_nan(result: object) -> bool:
 
 
 def compiled(f: Callable[..., Any]) -> Callable[..., Any]:
-    """`f` under torch.compile, for one shape: no silent switch to dynamic shapes."""
+    """`f` under torch.compile, for one shape: no silent switch to dynamic shapes.
+
+    What other cases have compiled of the same function for their shapes is forgotten: those would
+    count as recompilations, of which torch stops after a few and goes on without a word as if the
+    function had not been compiled.
+    """
+    torch._dynamo.reset()
     torch._dynamo.config.automatic_dynamic_shapes = False
     return torch.compile(f, fullgraph=False)
