@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from ddfast.engine.kernel_regression import Kernel, rows_at_once
 from ddfast.kernel_matrix import kernel_matrix, kernel_options
 from ddfast.methods.config import ZCA_HELP, setting
 from ddfast.methods.config import Config as Shared
-from ddfast.methods.regression import centred
+from ddfast.methods.regression import centred, with_labels
 from ddfast.methods.run import Run
 
 
@@ -32,6 +32,12 @@ class Config(Shared):
     reg: float = setting("ridge, in units of the kernel's mean diagonal element", 1e-6, least=0)
     dtype: Literal["float64", "float32"] = setting("of the kernel; what is solved is float64's")
     zca: Recipe = setting(ZCA_HELP, "none")
+
+    def distilled(
+        self, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]
+    ) -> dict[str, Any]:
+        """With the labels, if they were learned."""
+        return with_labels(super().distilled, tensors, state)
 
 
 def kernel_of(config: Config) -> Kernel:

@@ -96,12 +96,6 @@ class Config(infinite_width.Config):
         groups += [{"params": [tensors[name]], "lr": self.lr_labels} for name in self.beside]
         return torch.optim.Adam(groups, self.lr_img, (self.momentum, SECOND_BETA))
 
-    def distilled(
-        self, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]
-    ) -> dict[str, Any]:
-        """With the labels, if they were learned."""
-        return regression.with_labels(super().distilled, tensors, state)
-
 
 def check(run: Run) -> None:
     """Refuse what cannot work before the first step.

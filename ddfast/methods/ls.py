@@ -64,12 +64,6 @@ class Config(infinite_width.Config):
         """None that is used."""
         return torch.optim.SGD([tensors[LABELS]], self.lr_img)
 
-    def distilled(
-        self, tensors: Mapping[str, Tensor], state: Mapping[str, Tensor]
-    ) -> dict[str, Any]:
-        """With the labels."""
-        return regression.with_labels(super().distilled, tensors, state)
-
 
 def check(run: Run) -> None:
     """Refuse what cannot work before the first step.
