@@ -217,10 +217,7 @@ def fit_whitening(
         middle = torch.zeros_like(middle)
     if mode == "mtt":
         covariance *= count / (count - 1) * torch.outer(scale, scale)
-    values, vectors = torch.linalg.eigh(covariance)
-    values.clamp_(min=0)
-    if values.mean() <= rounding:
-        raise ValueError("images are all alike, which leaves nothing to whiten")
+    values, vectors = _spectrum(covariance, rounding)
     added = SHARE if mode == "mtt" else SHARE * values.mean()
     factors = (values + added).rsqrt()
     if mode == "kip" and count < d:
@@ -263,12 +260,18 @@ def _fitted_to_blocks(
         squares.addmm_(parts.T, parts)
         rows += len(parts)
     rounding = 1e-12 * (middle.square().mean() + squares.diagonal().mean() / rows)
-    values, vectors = torch.linalg.eigh(squares / rows)
+    values, vectors = _spectrum(squares / rows, rounding)
+    matrix = (vectors * (values + SHARE * values.mean()).rsqrt()) @ vectors.T
+    return Whitening("frepo", middle.flatten().float(), matrix.float(), block=block)
+
+
+def _spectrum(covariance: Tensor, rounding: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, none below 0, and eigenvectors; refused where all is rounding."""
+    values, vectors = torch.linalg.eigh(covariance)
     values.clamp_(min=0)
     if values.mean() <= rounding:
         raise ValueError("images are all alike, which leaves nothing to whiten")
-    matrix = (vectors * (values + SHARE * values.mean()).rsqrt()) @ vectors.T
-    return Whitening("frepo", middle.flatten().float(), matrix.float(), block=block)
+    return values, vectors
 
 
 def _blocks(images: Tensor, side: int) -> Tensor:
